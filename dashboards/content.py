@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import xarray as xr
 
+from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.harmony.flags import counted_in
 from workbench.runs import Run
@@ -23,7 +24,7 @@ def about(run: Run) -> str:
     """Return one paragraph of HTML about the run. All text from the run is escaped."""
     sequences = run.sequences
     done, total = run.progress
-    state = "complete" if done == total else f"in progress: {done} of {total} units"
+    state = "complete" if done == total else f"in progress: {done} of {count_of(total, 'unit')}"
     efforts = ", ".join(f"{n} {effort}" for effort, n in sequences["effort"].value_counts(sort=False).items())
     parts = {
         "Model": f"{run.checkpoint['name']}: {run.model['n_layers']} layers, {number_of_experts(run.model)} experts, "
@@ -153,10 +154,11 @@ def progress(run: Run) -> str:
     """Return HTML with the progress of a run."""
     done, total = run.progress
     if run.status == "complete":
-        return f"<b>Complete</b>: {total} units."
+        return f"<b>Complete</b>: {count_of(total, 'unit')}."
     tokens = sum(span.stop - span.start for span in run.spans)
     return (
-        f"<b>In progress</b>: {done} of {total} units, {tokens:,} tokens. <progress max={total} value={done} "
+        f"<b>In progress</b>: {done} of {count_of(total, 'unit')}, {tokens:,} tokens. <progress max={total} "
+        f"value={done} "
         'style="width:60%"></progress>'
     )
 

@@ -17,6 +17,7 @@ import numpy as np
 import xarray as xr
 
 from workbench import harmony
+from workbench.counting import count_of
 from workbench.dashboards.search import texts, vocabulary
 from workbench.dashboards.theme import BORDER
 from workbench.errors import InputError
@@ -78,7 +79,7 @@ def shared_page(run: Run, sequences: Sequence[int], theme: PageTheme = "light") 
         row = table.loc[number]
         title = html.escape(f"{row['id']!s}, effort {row['effort']!s}")
         parts.append(f"<details><summary>{title}</summary>{frame(run, number, tokenizer, theme)}</details>")
-    name = html.escape(f"{len(sequences)} conversations of run {run.digest}")
+    name = html.escape(f"{count_of(len(sequences), 'conversation')} of run {run.digest}")
     head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{name}</title><h1>{name}</h1>'
     return head + "\n".join(parts)
 
@@ -110,7 +111,7 @@ def sequence_numbers(run: Run, text: str) -> list[int]:
     if last < first or first not in known or last not in known or not set(range(first, last + 1)) <= known:
         some = ", ".join(table["id"][:3])
         raise InputError(
-            f"{text!r} is not in {run.path}: it has {len(table)} sequences, numbered from 0, such as {some}"
+            f"{text!r} is not in {run.path}: it has {count_of(len(table), 'sequence')}, numbered from 0, such as {some}"
         )
     return list(range(first, last + 1))
 

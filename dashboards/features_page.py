@@ -15,6 +15,7 @@ import panel as pn
 import xarray as xr
 from jaxtyping import Float
 
+from workbench.counting import count_of
 from workbench.dashboards import content, search, widgets
 from workbench.dashboards.example_lists import coloured_example, example, list_of
 from workbench.dashboards.session import Page, Session, box
@@ -93,7 +94,8 @@ def _section(session: Session, name: str, index: int) -> pn.Column:
     rows = table.head(MOST_ROWS)
     links = [session.link("features", feature=str(feature)) for feature in rows["feature"]]
     note = (
-        f"Tokens with a value above zero, in % of the tokens of a channel; {len(rows):,} of {len(table):,} features, "
+        f"Tokens with a value above zero, in % of the tokens of a channel; {len(rows):,} of "
+        f"{count_of(len(table), 'feature')}, "
         "sorted by the difference between analysis and final"
     )
     parts.append(widgets.table("Features by channel", rows, f"{label}-features", {"feature": links}, note=note))

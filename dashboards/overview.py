@@ -9,6 +9,7 @@ import panel as pn
 import xarray as xr
 
 from workbench import registry
+from workbench.counting import count_of
 from workbench.dashboards import content, theme, widgets
 from workbench.dashboards.session import Page, Session
 from workbench.dashboards.study_jobs import Answer
@@ -84,7 +85,8 @@ def sentence(run: Run) -> str:
     at = f" at {', '.join(efforts)} effort" if efforts else ""
     quantities = ", ".join(run.recorded)
     return (
-        f"{len(table):,} conversations of {prompts:,} prompts{at}, recorded with {run.checkpoint['name']} ({size}): "
+        f"{count_of(len(table), 'conversation')} of {count_of(prompts, 'prompt')}{at}, recorded with "
+        f"{run.checkpoint['name']} ({size}): "
         f"{quantities}."
     )
 
@@ -113,18 +115,22 @@ def problems(run: Run) -> str:
     table, lines = run.sequences, list[tuple[str, str]]()
     done, total = run.progress
     if done < total:
-        lines.append((f"The run is in progress: {done} of {total} units are recorded.", "warning"))
+        lines.append((f"The run is in progress: {done} of {count_of(total, 'unit')} are recorded.", "warning"))
     if ungraded := int((table["correct"] < 0).sum()):
         lines.append(
-            (f"{ungraded:,} of {len(table):,} conversations are not graded; accuracy does not include them.", "")
+            (
+                f"{ungraded:,} of {count_of(len(table), 'conversation')} are not graded; accuracy does not "
+                f"include them.",
+                "",
+            )
         )
     flags = pd.Series([flag for text in table.get("flags", ()) for flag in str(text).split()], dtype=str)
     for flag, count in flags.value_counts().items():
         description = SEQUENCE_FLAGS.get(str(flag), str(flag))
         lines.append(
             (
-                f"{count:,} of {len(table):,} conversations: {description}{_by_effort(table, str(flag))}. They can be "
-                "excluded in the sidebar.",
+                f"{count:,} of {count_of(len(table), 'conversation')}: "
+                f"{description}{_by_effort(table, str(flag))}. They can be excluded in the sidebar.",
                 "warning",
             )
         )

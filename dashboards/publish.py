@@ -10,6 +10,7 @@ from html import escape
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from workbench.counting import count_of
 from workbench.dashboards.conversation import frame, sequence_numbers
 from workbench.dashboards.search import vocabulary
 from workbench.errors import InputError
@@ -80,8 +81,8 @@ def described(files: Mapping[str, bytes]) -> Iterator[str]:
         folder = name.rpartition("/")[0]
         sizes.setdefault(folder or ("plotly.js" if name == PLOTLY_JS else "pages"), []).append(len(content))
     for kind, lengths in sizes.items():
-        yield f"{kind}: {len(lengths)} file{'s' * (len(lengths) > 1)}, {sum(lengths) / 1e6:.1f} MB"
-    yield f"total: {len(files)} files, {sum(map(len, files.values())) / 1e6:.1f} MB"
+        yield f"{kind}: {count_of(len(lengths), 'file')}, {sum(lengths) / 1e6:.1f} MB"
+    yield f"total: {count_of(len(files), 'file')}, {sum(map(len, files.values())) / 1e6:.1f} MB"
 
 
 def _has(name: str, run: Run, numbers: Sequence[int]) -> bool:
@@ -139,7 +140,10 @@ def _heatmap(run: Run, measure: quick_look.Measure, selection: Mapping[str, str]
 def _conversations(run: Run, numbers: Sequence[int]) -> Iterator[str]:
     """A table of the published conversations, each a link."""
     table = run.sequences
-    yield f"<h1>Conversations</h1><p>{len(numbers)} of {len(table):,} conversations of the run are published.</p>"
+    yield (
+        f"<h1>Conversations</h1><p>{len(numbers):,} of {count_of(len(table), 'conversation')} of the run "
+        f"are published.</p>"
+    )
     rows = []
     for number in numbers:
         row = {**table.loc[number].to_dict()}

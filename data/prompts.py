@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from workbench.counting import count_of
 from workbench.data.command import run
 from workbench.data.conversations import FIRST_TURNS, prompt_messages
 from workbench.data.tasks import FAMILIES, Problem, draw
@@ -58,7 +59,7 @@ def main(out: Annotated[Path, typer.Argument(help="The file to write or to repla
     written = rows()
     with staged(out, command="data.prompts", overwrite=True, owned=Path.is_file) as part:
         part.write_text("".join(json.dumps(row) + "\n" for row in written))
-    print(f"{out}: {len(written)} prompts of {len(FAMILIES)} families")
+    print(f"{out}: {count_of(len(written), 'prompt')} of {len(FAMILIES)} families")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import typer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from workbench.counting import count_of
 from workbench.data import vocabulary
 from workbench.data.command import run
 from workbench.data.conversations import Example, training_example
@@ -215,7 +216,7 @@ def write(training: Training, out: Path) -> None:
 
     save_checkpoint(_beside(out, "dense"), NANO, {n: t.bfloat16() for n, t in weights.items()}, extra=describe)
     save_checkpoint(out, NANO, packed(weights), extra=describe)
-    print(f"{out}: {training.step:,} steps, {training.tokens:,} tokens, {training.spent_s / 60:.0f} min")
+    print(f"{out}: {count_of(training.step, 'step')}, {training.tokens:,} tokens, {training.spent_s / 60:.0f} min")
 
 
 def _beside(out: Path, what: str) -> Path:

@@ -153,7 +153,7 @@ TESTED_BY = {
     "kernels/cpu/piece_loops": "kernels/cpu/test_layer.py",
     "kernels/cpu/row_loops": "kernels/cpu/test_layer.py",
     "kernels/cpu/tile_loops": "kernels/cpu/test_tiles.py",
-    "kernels/cpu/unpacking_loops": "kernels/cpu/test_products.py",
+    "kernels/cpu/unpacking_loops": "kernels/cpu/test_loops.py",
     "kernels/cpu/vectors": "kernels/cpu/test_products.py",
     "kernels/cpu/threads": "kernels/cpu/test_products.py",
     "kernels/dispatch": "kernels/gpu/test_model.py",

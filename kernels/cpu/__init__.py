@@ -2,7 +2,7 @@
 
 torch multiplies one row by a bfloat16 matrix at about a third of the memory's speed, and has no product with MXFP4: the
 matrix is unpacked first. The loops here read every weight once, as it is stored. They are compiled by numba when the
-first of them is needed (about 10 s of processor time in all, then kept on disk, in `NUMBA_CACHE_DIR` if that is set).
+first of them is needed (about 12 s of processor time in all, then kept on disk, in `NUMBA_CACHE_DIR` if that is set).
 
 Why numba: its wheels contain the compiler, for Linux (x86-64, arm64), macOS (arm64) and Windows and for Python 3.11 to
 3.14, so that nothing is built when the workbench is installed, and the code is made for the processor it runs on. An
@@ -13,6 +13,9 @@ LLVM vectors through numba 25 on one thread, at which the memory is the limit.
 `layer` computes a complete layer on one new token of each of up to four rows in one launch; between two phases of it a
 hook may read and change a value (`workbench.model.fused_block`). Besides what it saves in Python, it keeps torch's own
 threads asleep: after each parallel operation they wait actively for milliseconds, on the cores that these loops need.
+
+`tiles` multiplies many rows in float32 where the processor multiplies bfloat16 slowly and has AVX-512; elsewhere torch
+does it, with matrices that `products` unpacks or widens.
 
 The torch code in `workbench.kernels` remains the reference. It computes whatever is not covered here: gradients, other
 dtypes, inputs that are no multiple of 32, many rows, processors without AVX2 or NEON, tensors that torch.compile,

@@ -108,7 +108,7 @@ def test_the_only_expert_that_writes_is_the_only_one_that_is_missed() -> None:
         return "few" if row.prompt_id == "p5" else "all"
 
     got = effects.expert_ablations(planted, rows, odd, way="zero", n_boot=100, group=group)
-    assert "1 prompts, 5 are needed" in got.attrs["not_tested"]
+    assert "1 prompt, 5 are needed" in got.attrs["not_tested"]
     assert np.isnan(got["p"].sel(group="few")).all()
     assert bool((got["q"] >= got["p"]).sel(group="all").all())
     missed = got["change"].sel(group="all")

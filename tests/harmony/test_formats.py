@@ -85,11 +85,12 @@ def test_every_shape_is_recognized_and_read(name: str, row: dict[str, Any], tmp_
         assert "Current date: 2025-06-28" in harmony.tokenizer().decode(transcript.tokens.tolist())
 
 
-def test_ids_of_vllm_are_exact(tmp_path: Path) -> None:
+@pytest.mark.parametrize("cut", ["length", "content_filter"])
+def test_ids_of_vllm_are_exact(cut: str, tmp_path: Path) -> None:
     offline = {
         "request_id": "a",
         "prompt_token_ids": [1, 2],
-        "outputs": [{"token_ids": [3], "finish_reason": "length"}],
+        "outputs": [{"token_ids": [3], "finish_reason": cut}],
     }
     online = {
         "prompt_token_ids": [1, 2],

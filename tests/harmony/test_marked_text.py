@@ -62,5 +62,13 @@ def test_a_call_without_marks_has_its_recipient_and_type() -> None:
     assert (call["recipient"], call["content_type"], call["content"]) == ("functions.search", "json", '{"q": 1}')
 
 
+@pytest.mark.parametrize("channel", ["commentary", "analysis"])
+def test_a_call_alone_without_marks_is_no_answer(channel: str) -> None:
+    (call,) = read_output(channel + ' to=functions.calc json{"e": 1}').messages
+    assert (call["channel"], call["recipient"], call["content"]) == (channel, "functions.calc", '{"e": 1}')
+    text = f"{channel} to the paper: see above"  # a negative control
+    assert pairs(text) == [("final", text)]
+
+
 def test_many_tags_are_read_in_linear_time() -> None:
     assert len(pairs("<think>a</think>" * 20_000 + "b")) == 20_001

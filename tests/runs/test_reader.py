@@ -3,6 +3,8 @@
 Also tests `workbench.runs.committed` and `workbench.runs.group`.
 """
 
+import pickle
+import warnings
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +16,7 @@ from zarr.storage import LocalStore
 
 from tests.runs.conftest import LENGTHS, unit_data, write_run
 from workbench.errors import InputError
-from workbench.runs.reader import open_run
+from workbench.runs.reader import Run, open_run
 from workbench.runs.summaries import float32_of
 
 
@@ -140,3 +142,74 @@ def test_plain_zarr_and_plain_xarray_open_it(run_path: Path) -> None:
 def test_the_repr_states_what_it_is(run_path: Path) -> None:
     assert "complete, " in repr(open_run(run_path))
     assert "routing, router_logits, sinks, logprobs, hook_resid_post" in repr(open_run(run_path))
+
+
+# What users of xarray do with the dataset of a run: write it, read it again, send it to other processes.
+
+
+@pytest.fixture
+def run(run_path: Path) -> Run:
+    return open_run(run_path)
+
+
+def same(read: xr.Dataset, written: xr.Dataset) -> bool:
+    """Whether values, labels and attributes are those that were written; a file may hold other widths of integers."""
+    if {*read.variables} != {*written.variables} or read.attrs != written.attrs:
+        return False
+    pairs = [(read[name], written[name]) for name in written.variables]
+    nan = [np.issubdtype(b.dtype, np.floating) for _, b in pairs]
+    return all(
+        a.dims == b.dims and np.array_equal(a.values, b.values, equal_nan=n)
+        for (a, b), n in zip(pairs, nan, strict=True)
+    )
+
+
+@pytest.mark.parametrize("kind", ["netcdf", "zarr"])
+@pytest.mark.parametrize("what", ["dataset", "selection", "sequence", "a quantity"])
+def test_it_is_written_and_read_again(run: Run, kind: str, what: str, tmp_path: Path) -> None:
+    data = {
+        "dataset": run.dataset,
+        "selection": run.select(effort="high"),
+        "sequence": run.sequence(3),
+        "a quantity": run.dataset[["sink"]],
+    }[what]
+    assert data.sizes["token"] > 0
+    path = tmp_path / f"data.{kind}"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Consolidated metadata")  # of Zarr 3: xarray writes it by itself
+        if kind == "netcdf":
+            data.to_netcdf(path)
+            read = xr.open_dataset(path).load()
+        else:
+            data.to_zarr(path)
+            read = xr.open_zarr(path).load()
+    assert same(read, data)
+    assert same(read, data.load())
+    changed = data.assign(sink=data["sink"] + 1)
+    assert not same(read, changed)  # a negative control
+
+
+def test_attributes_that_are_lists_of_text_cannot_be_written(run: Run, tmp_path: Path) -> None:
+    """The negative control."""
+    with pytest.raises((KeyError, ValueError, TypeError)):
+        run.dataset.assign_attrs(channels=["analysis", "final"]).to_netcdf(tmp_path / "data.nc")
+
+
+def test_it_is_pickled_with_its_run(run: Run) -> None:
+    for data in (pickle.loads(pickle.dumps(run.dataset)), pickle.loads(pickle.dumps(run)).dataset):
+        assert same(data, run.dataset)
+
+
+def test_two_runs_are_concatenated(run: Run) -> None:
+    both = xr.concat([run.dataset, run.dataset], "token")
+    assert both.sizes["token"] == 2 * sum(LENGTHS)
+    assert both.chunks["token"] == run.dataset.chunks["token"] * 2  # lazy still
+    np.testing.assert_array_equal(both["sink"].isel(token=slice(sum(LENGTHS), None)), run["sink"])
+
+
+def test_labels_are_compared_and_grouped_by(run: Run) -> None:
+    data = run.select()
+    means = data["sink"].groupby("effort").mean().compute()
+    of_high = data["sink"].values[:, data["effort"].values == "high"]
+    np.testing.assert_allclose(means.sel(effort="high").transpose("layer", "head"), of_high.mean(1), rtol=1e-5)
+    assert set(np.unique(data["channel_name"])) <= set(run.dataset.attrs["channels"].split())

@@ -19,6 +19,7 @@ import torch
 
 from workbench.bench.full import OwnMemory
 from workbench.child_processes import python
+from workbench.counting import count_of
 from workbench.errors import JobError
 from workbench.experiments.attribution_graph import graph
 from workbench.model import load
@@ -53,7 +54,10 @@ def run(
     shown, used = (", ".join(f"{seconds:.2f}" for seconds in result[name]) for name in ("graph_s", "processor_s"))
     print(f"{result['layers']} layers, {tokens} tokens, one target: {shown} s on {result['device']}")
     print(f"processor time, other programs not counted: {used} s")
-    print(f"{result['nodes']} of {result['nodes_in_pass']:,} nodes; completeness {result['completeness']:.1e} logits")
+    print(
+        f"{result['nodes']} of {count_of(result['nodes_in_pass'], 'node')}; completeness "
+        f"{result['completeness']:.1e} logits"
+    )
     if result["extra_bytes"] is not None:
         print(f"{result['extra_bytes'] / 1e9:.2f} GB beyond the loaded model")
     return result

@@ -16,6 +16,7 @@ import pandas as pd
 
 from workbench.bench.table import show
 from workbench.capture.plan import plan_units
+from workbench.counting import count_of
 from workbench.harmony.labels import CHANNELS, PARTS
 from workbench.model.config import PUBLISHED
 from workbench.progress import progress
@@ -158,6 +159,8 @@ def ask(path: str, rounds: int) -> dict[str, Any]:
         rows.append({"question": what, "seconds": statistics.median(seconds)})
     n = int(run.sequences["length"].sum())
     size = sum(p.stat().st_size for p in Path(path).rglob("*") if p.is_file()) if Path(path).is_dir() else None
-    heading = f"{path}: {n:,} tokens, {len(run.sequences):,} sequences" + (f", {size / 1e9:.2f} GB" if size else "")
+    heading = f"{path}: {count_of(n, 'token')}, {count_of(len(run.sequences), 'sequence')}" + (
+        f", {size / 1e9:.2f} GB" if size else ""
+    )
     show(heading, ("question", "ms"), [(str(r["question"]), f"{float(r['seconds']) * 1e3:,.0f}") for r in rows])  # type: ignore[arg-type]
     return {"tokens": n, "sequences": len(run.sequences), "bytes": size, "rounds": rounds, "questions": rows}

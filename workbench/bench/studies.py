@@ -5,6 +5,7 @@ from typing import Any
 
 from workbench import registry
 from workbench.bench.table import processor, show
+from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.runs import open_run
 from workbench.studies import run_study
@@ -34,7 +35,7 @@ def measure(path: str) -> dict[str, Any]:
                 "datasets": len(results),
             }
         )
-    heading = f"{tokens:,} tokens of {len(run.sequences):,} sequences, {processor()}"
+    heading = f"{tokens:,} tokens of {count_of(len(run.sequences), 'sequence')}, {processor()}"
     cells = [
         (str(r["study"]), f"{r['seconds']:.1f}", f"{r['processor_seconds']:.1f}", str(r["datasets"])) for r in rows
     ]

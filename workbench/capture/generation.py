@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from workbench import harmony
+from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.harmony.rendering import EFFORTS
 from workbench.harmony.transcripts import Prompt, Transcript, read_prompts, read_transcripts, row_of
@@ -89,7 +90,9 @@ def generate_transcripts(
         _refuse_another_job(out, rows.known, ids, about)
         left = {i for i, id in enumerate(ids) if id not in rows.known}
         if rows.known:
-            print(f"{out}: {len(left):,} of {len(jobs):,} transcripts are missing", file=sys.stderr, flush=True)
+            print(
+                f"{out}: {len(left):,} of {count_of(len(jobs), 'transcript')} are missing", file=sys.stderr, flush=True
+            )
         speed = GenerationSpeed()
         report = progress("generate", len(left), "transcripts", lambda: str(speed))
         with StopSignal(str(out)) as interrupt, report as advance:
@@ -108,7 +111,7 @@ def generate_transcripts(
                 advance(len(missing))
         rows.finish(ids)
         if speed.tokens:
-            print(f"{out}: {speed.tokens:,} new tokens, {speed}", file=sys.stderr, flush=True)
+            print(f"{out}: {count_of(speed.tokens, 'new token')}, {speed}", file=sys.stderr, flush=True)
     return read_transcripts(out, tokenizer=model.tokenizer)[0]
 
 

@@ -17,6 +17,7 @@ from workbench.capture import cluster, estimate, pipeline, recording
 from workbench.capture.job_log import CommittedUnits, log_path, logged
 from workbench.capture.job_plan import JobPlan, job_writer, plan_job
 from workbench.capture.shape_model import ShapeModel
+from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.harmony.flags import counted
 from workbench.model.transformer import GptOss
@@ -107,14 +108,15 @@ def _announce(model: GptOss, job: JobPlan, pending: Sequence[int], path: str | P
     sizes = recording.bytes_per_token(job.spec, model.cfg)
     listed = ", ".join(f"{name} {size:,}" for name, size in sizes.items())
     begins = (
-        f"{len(pending):,} of {len(job.layout.units):,} units to go, {n:,} tokens, each {sum(sizes.values()):,} bytes"
+        f"{len(pending):,} of {count_of(len(job.layout.units), 'unit')} to go, {count_of(n, 'token')}, "
+        f"each {sum(sizes.values()):,} bytes"
     )
     log.info("%s: %s before compression: %s", path, begins, listed)
     plain = sys.stdout if notebook_display() else sys.stderr  # a notebook shows standard error as if it were an error
     print(f"capture: {begins} before compression ({listed})", file=plain, flush=True)
     if flags := counted(job.flags):
-        log.info("%s: %d sequences, %s", path, len(job.rows), flags)
-        print(f"capture: {len(job.rows):,} sequences, {flags}", file=plain, flush=True)
+        log.info("%s: %s, %s", path, count_of(len(job.rows), "sequence"), flags)
+        print(f"capture: {count_of(len(job.rows), 'sequence')}, {flags}", file=plain, flush=True)
     return n
 
 

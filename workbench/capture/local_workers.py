@@ -16,6 +16,7 @@ from multiprocessing import resource_tracker
 from typing import Any
 
 from workbench.child_processes import isolated_children
+from workbench.counting import count_of
 from workbench.errors import InputError, JobError
 
 _POLL_S = 0.05
@@ -87,7 +88,8 @@ def _wait_for(starting: "Future[Any]", count: int, check: Callable[[], None]) ->
         return starting.result()
     except (RuntimeError, OSError, MemoryError) as error:
         raise JobError(
-            f"{count} workers could not be started on this machine ({_reason(error)}): check its free memory and the "
+            f"{count_of(count, 'worker')} could not be started on this machine ({_reason(error)}): check "
+            f"its free memory and the "
             "limits of processes and open files (`ulimit -a`), or use fewer --workers; rerun the command to resume"
         ) from error
 

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from workbench.cli.options import Device, Dtype, IgnoreField, Model, Overwrite, Seed, load_model
+from workbench.counting import count_of
 
 app = typer.Typer()
 
@@ -51,4 +52,6 @@ def finetune(
     done = train(
         loaded, data, out, options=options, schedule=schedule, channels=channel, adapter=adapter, overwrite=overwrite
     )
-    print(f"{out}: {len(done['losses']):,} steps, {done['tokens']:,} tokens, last loss {done['losses'][-1]:.4f}")
+    print(
+        f"{out}: {count_of(len(done['losses']), 'step')}, {done['tokens']:,} tokens, last loss {done['losses'][-1]:.4f}"
+    )

@@ -7,6 +7,7 @@ import typer
 
 from workbench.cli.damage import names_damage
 from workbench.cli.options import Adapter, Device, Dtype, IgnoreField, Model, Overwrite, RunPath, load_model
+from workbench.counting import count_of
 from workbench.errors import InputError
 
 app = typer.Typer()
@@ -171,7 +172,7 @@ def _described(attributed: Any, inner: Any, measured: list[float]) -> str:
         repr(attributed).strip("<>"),
         f"  complete: paths add up to the logit within {m['completeness_of_paths']:.1e} logits. Kept nodes: "
         f"{m['kept_influence']:.0%} of the influence of the {m['considered_nodes']:,} largest of "
-        f"{m['nodes_in_pass']:,} nodes; edges from them: {m['kept_of_target']:.0%} of the logit; "
+        f"{count_of(m['nodes_in_pass'], 'node')}; edges from them: {m['kept_of_target']:.0%} of the logit; "
         f"{m['explained_input']:.0%} of what flows into them is no error.",
     ]
     for i, (_, row) in enumerate(inner.iterrows()):
@@ -243,7 +244,10 @@ def attention(
     with staged(out, command="attention", inputs=inputs, overwrite=overwrite) as part:
         write(patterns, part)
     sizes = patterns["pattern"].sizes
-    print(f"{out}: {sizes['layer']} layers, {sizes['head']} heads, {sizes['query']} of {len(row.tokens)} tokens")
+    print(
+        f"{out}: {count_of(sizes['layer'], 'layer')}, {count_of(sizes['head'], 'head')}, {sizes['query']} "
+        f"of {count_of(len(row.tokens), 'token')}"
+    )
 
 
 def _ranges(text: str, option: str) -> list[tuple[int, int]]:

@@ -8,6 +8,7 @@ import typer
 
 from workbench.cli.damage import names_damage
 from workbench.cli.options import MAX_SEED, RunPath
+from workbench.counting import count_of
 from workbench.errors import InputError
 
 app = typer.Typer()
@@ -52,7 +53,10 @@ def label(
         finally:
             client.close()
     edited = int(expert_labels.is_edited(labels).sum())
-    print(f"{path}: {len(labels)} experts, {int((labels['proposed'] != '').sum())} proposed, {edited} written by hand")
+    print(
+        f"{path}: {count_of(len(labels), 'expert')}, {int((labels['proposed'] != '').sum())} proposed, "
+        f"{edited} written by hand"
+    )
 
 
 def _propose(run: Any, client: Any, model: str, path: Path, layers: Sequence[int], seed: int) -> Any:
@@ -66,7 +70,11 @@ def _propose(run: Any, client: Any, model: str, path: Path, layers: Sequence[int
         labels = expert_labels.merged(expert_labels.read(run), automatic)
         known = label_proposals.proposed_by(labels, model)
         if known:
-            print(f"{path}: {len(known)} experts have labels that {model} proposed; remove their lines to ask again")
+            have = "has" if len(known) == 1 else "have"
+            print(
+                f"{path}: {count_of(len(known), 'expert')} {have} labels that {model} proposed; remove their lines to "
+                "ask again"
+            )
         ask = label_proposals.asker(client, model)
         for row in label_proposals.propose(run, examples, ask, name=model, layers=layers, seed=seed, known=known):
             labels = expert_labels.update(run, label_proposals.with_proposals(automatic, [row]))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench.cli.options import load_model
+from workbench.counting import count_of
 from workbench.errors import InputError
 
 
@@ -58,6 +59,8 @@ def write(
         of_features = list(feature_pages.dictionary_pages(opened, chosen, feature_examples.table(opened)))
     examples, others = expert_examples.load(opened), [*neurons, *of_features]
     n = feature_pages.write_pages(opened, out, examples, logits, neurons=others, overwrite=overwrite)
-    shown = f"pages of {n - len(others)} experts" + (f" and {len(neurons)} neurons" if neurons else "")
-    shown += f" and {len(of_features)} features" if of_features else ""
+    shown = f"pages of {count_of(n - len(others), 'expert')}" + (
+        f" and {count_of(len(neurons), 'neuron')}" if neurons else ""
+    )
+    shown += f" and {count_of(len(of_features), 'feature')}" if of_features else ""
     print(f"{out}: {shown}" + ("" if logits is not None else ", without logits: give --model for them"))

@@ -27,6 +27,7 @@ from workbench.cli.options import (
     load_model,
     torch_dtype,
 )
+from workbench.counting import count_of
 from workbench.errors import InputError
 
 app = typer.Typer()
@@ -174,7 +175,7 @@ def convert(
     if not rows:
         raise InputError(f"{file}: {kind} without a conversation that can be used")
     write_rows(out, rows, overwrite=overwrite, command="convert", inputs=inputs)
-    parts = [f"{len(rows):,} conversations", counts(rows), f"{len(left_out):,} left out" if left_out else ""]
+    parts = [f"{count_of(len(rows), 'conversation')}", counts(rows), f"{len(left_out):,} left out" if left_out else ""]
     print(f"{file}: {kind}, " + ", ".join(filter(None, parts)))
 
 
@@ -249,7 +250,10 @@ def capture(
         overwrite=overwrite,
     )
     rejects = written.provenance["rejects"]
-    print(f"{run}: {len(written.sequences):,} sequences" + (f", {len(rejects)} rows skipped" if rejects else ""))
+    print(
+        f"{run}: {count_of(len(written.sequences), 'sequence')}"
+        + (f", {count_of(len(rejects), 'row')} skipped" if rejects else "")
+    )
 
 
 def _worker_device(device: str) -> str:
@@ -311,11 +315,13 @@ def verify(
     for problem in problems:
         print(f"{problem.where}: {problem.what}")
     if problems:
-        print(f"{run}: {len(problems)} problem{'s' * (len(problems) > 1)}")
+        print(f"{run}: {count_of(len(problems), 'problem')}")
         raise typer.Exit(1)
     opened = open_run(run)
     done, total = opened.progress
-    unfinished = f", but not finished: {done} of {total} units; rerun the capture to resume" if done < total else ""
+    unfinished = (
+        f", but not finished: {done} of {count_of(total, 'unit')}; rerun the capture to resume" if done < total else ""
+    )
     print(f"{run}: valid{unfinished}")
     if flags := counted_in(opened.sequences):
         print(f"{run}: {flags}")
@@ -400,4 +406,4 @@ def export(
         selection=Selection(*chosen),
         overwrite=overwrite,
     )
-    print(f"{out}: {n:,} tokens")
+    print(f"{out}: {count_of(n, 'token')}")

@@ -7,6 +7,7 @@ import typer
 
 from workbench.cli.damage import names_damage
 from workbench.cli.options import Exclude, Overwrite, RunPath, Seed
+from workbench.counting import count_of
 from workbench.errors import InputError
 
 app = typer.Typer()
@@ -35,7 +36,7 @@ def conversation(
     page = shared_page(opened, numbers, theme)
     with staged(out, command="conversation", inputs=[run], overwrite=overwrite) as part:
         part.write_text(page, encoding="utf-8")
-    print(f"{out}: {len(numbers)} conversation{'s' * (len(numbers) > 1)}")
+    print(f"{out}: {count_of(len(numbers), 'conversation')}")
 
 
 @app.command()

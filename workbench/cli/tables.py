@@ -9,6 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.harmony.flags import counted_in
 from workbench.runs import Run
@@ -24,9 +25,11 @@ def summary(run: Run) -> Group:
     model = run.model
     about = Table("run", escape(run.path))
     about.add_row(
-        "model", f"{escape(str(run.checkpoint['name']))}: {model['n_layers']} layers of {model['num_experts']} experts"
+        "model",
+        f"{escape(str(run.checkpoint['name']))}: {count_of(model['n_layers'], 'layer')} of "
+        f"{model['num_experts']} experts",
     )
-    about.add_row("state", "complete" if done == total else f"{done} of {total} units")
+    about.add_row("state", "complete" if done == total else f"{done} of {count_of(total, 'unit')}")
     about.add_row("recorded", ", ".join(run.recorded))
     about.add_row("sequences", f"{len(run.sequences):,}, {int(run.sequences['length'].sum()):,} tokens")
     if flags := counted_in(run.sequences):

@@ -11,6 +11,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
+from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.experiments.answer_measures import (
     MEASURES,
@@ -95,7 +96,7 @@ def behaviour(
         | {name: (cells, values) for name, values in _ranked(changes, units, random).items()}
         | {"random": (("control", *cells), random), "unedited": ("measure", _unedited(rows, base, units))},
         coords={"intervention": list(recipes), "measure": list(MEASURES), "control": range(n_controls)},
-        attrs={"rests_on": f"{len(rows)} sequences of {n} prompts", "prompts": n}
+        attrs={"rests_on": f"{count_of(len(rows), 'sequence')} of {count_of(n, 'prompt')}", "prompts": n}
         | {"method": METHOD, "not_controlled": NOT_CONTROLLED},
     )
     return result.assign_attrs(title="Generated answers under interventions", summary=describe(result))
@@ -127,7 +128,7 @@ def between_models(
         | {name: (cells, values) for name, values in _ranked(changes, units, none).items()}
         | {"random": (("control", *cells), none), "unedited": ("measure", _unedited(rows, base, units))},
         coords={"intervention": ["other model"], "measure": list(MEASURES), "control": range(0)},
-        attrs={"rests_on": f"{len(rows)} sequences of {n} prompts", "prompts": n}
+        attrs={"rests_on": f"{count_of(len(rows), 'sequence')} of {count_of(n, 'prompt')}", "prompts": n}
         | {"method": METHOD, "not_controlled": NOT_CONTROLLED},
     )
     return result.assign_attrs(title="Generated answers of two models", summary=describe(result))

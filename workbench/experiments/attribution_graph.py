@@ -27,6 +27,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.experiments.dictionary_features import layer_of
 from workbench.experiments.frozen_pass import BackwardFlow, FrozenPass
@@ -69,8 +70,9 @@ class AttributionGraph:
     def __repr__(self) -> str:
         m = self.metadata
         return (
-            f"<AttributionGraph of {m['target']} − {m['against']}: {m['logit']:.2f} logits, {len(self.nodes)} nodes, "
-            f"{len(self.edges)} edges, {m['kept_influence']:.0%} of the influence>"
+            f"<AttributionGraph of {m['target']} − {m['against']}: {m['logit']:.2f} logits, "
+            f"{count_of(len(self.nodes), 'node')}, "
+            f"{count_of(len(self.edges), 'edge')}, {m['kept_influence']:.0%} of the influence>"
         )
 
 

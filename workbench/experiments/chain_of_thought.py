@@ -19,6 +19,7 @@ import xarray as xr
 
 from workbench import harmony
 from workbench.capture.generation import final_text
+from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.experiments.effects import logprobs, paired
 from workbench.experiments.final_channel import ALPHA
@@ -138,7 +139,8 @@ def study(
     prompts = {t.row.prompt_id for t in answered}
     if len(prompts) < MIN_PROMPTS:
         raise InputError(
-            f"{len(prompts)} prompts have an analysis and a closed final message; at least {MIN_PROMPTS} are needed"
+            f"prompts that have an analysis and a closed final message: {len(prompts)}; at least "
+            f"{MIN_PROMPTS} are needed"
         )
     logp, answers, unchanged = _changed_answers(model, answered, hide, np.random.default_rng(seed))
     units = [t.row.prompt_id for t in answered]
@@ -164,7 +166,7 @@ def study(
         "same answer; area: over the curve of same against the fraction of the analysis kept",
         "ci": f"95 % over prompts; logprob and area: bootstrap-t, {n_boot} draws; same and accuracy: Wilson with the "
         "sample size that the prompts' variance implies; accuracy_change: Student's t with two pseudo-prompts",
-        "rests_on": f"{len(answered)} sequences of {len(prompts)} prompts",
+        "rests_on": f"{count_of(len(answered), 'sequence')} of {count_of(len(prompts), 'prompt')}",
         "prompts": len(prompts),
         "summary": "",
     }

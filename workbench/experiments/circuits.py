@@ -23,6 +23,7 @@ from scipy.stats import binomtest
 from statsmodels.stats.proportion import proportion_confint
 
 from workbench import harmony
+from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.experiments.attribution_graph import AttributionGraph, graph
 from workbench.experiments.graph_export import label
@@ -88,7 +89,7 @@ def experiment(
     names_of = {"cosine": "cosine", "low": "cosine_low", "high": "cosine_high", "p": "p", "prompts": "prompts"}
     limits = {name: ("comparison", alike[c].to_numpy(), {"long_name": name}) for c, name in names_of.items()}
     similar = xr.Dataset(limits, coords={"comparison": alike.index.tolist()})
-    about = {"rests_on": f"{len(pairs)} prompts", "prompts": len(pairs)}
+    about = {"rests_on": f"{count_of(len(pairs), 'prompt')}", "prompts": len(pairs)}
     about |= {"method": METHOD, "not_controlled": NOT_CONTROLLED}
     titles = {"edges": "Edges that recur, by channel", "similarity": "Similarity of circuits within and across prompts"}
     texts = {"edges": _edges_summary(table, shown, len(pairs)), "similarity": _similarity_summary(alike)}
@@ -102,7 +103,8 @@ def _edges_summary(table: pd.DataFrame, shown: pd.DataFrame, n: int) -> str:
     both = table[(table["analysis_low"] > 0.5) & (table["final_low"] > 0.5)]
     differs = table[table["q"] <= 0.05]
     lines = [
-        f"{n} prompts, {len(table)} edges in any graph, {len(shown)} listed. {len(both)} recur in more than half of "
+        f"{count_of(n, 'prompt')}, {count_of(len(table), 'edge')} in any graph, {len(shown)} listed. "
+        f"{len(both)} recur in more than half of "
         f"the prompts in both channels; {len(differs)} differ between the channels (q ≤ 0.05)."
     ]
     for row in differs.head(5).to_dict("records"):
@@ -116,7 +118,8 @@ def _similarity_summary(alike: pd.DataFrame) -> str:
     if np.isnan(by_comparison[_LESS_PAIRS]["cosine"]):
         return (
             f"same prompt: {own['cosine']:.2f} ({own['low']:.2f} to {own['high']:.2f}). Only "
-            f"{by_comparison[_LESS_PAIRS]['prompts']} prompts have another prompt of their task to compare with: use "
+            f"{count_of(by_comparison[_LESS_PAIRS]['prompts'], 'prompt has', 'prompts have')} another "
+            f"prompt of their task to compare with: use "
             "more sequences."
         )
     rows = [f"  {name}: {r['cosine']:.2f} ({r['low']:.2f} to {r['high']:.2f})" for name, r in by_comparison.items()]
@@ -124,7 +127,8 @@ def _similarity_summary(alike: pd.DataFrame) -> str:
     lines = [
         f"The two circuits of a prompt are {within} those of one channel in other prompts of the same task, and "
         f"{pairs} an analysis and a final answer of different prompts of a task "
-        f"(p = {float(by_comparison[_LESS_PAIRS]['p']):.2g}; {by_comparison[_LESS_PAIRS]['prompts']} prompts):"
+        f"(p = {float(by_comparison[_LESS_PAIRS]['p']):.2g}; "
+        f"{count_of(by_comparison[_LESS_PAIRS]['prompts'], 'prompt')}):"
     ]
     return "\n".join([*lines, *rows])
 

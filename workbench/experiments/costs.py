@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from workbench import registry
+from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.model.config import PUBLISHED
 
@@ -58,7 +59,8 @@ def show(size: str | None, *, sequences: int, sequence_tokens: int) -> None:
     if size not in SPEEDS:
         raise InputError(f"--experiments: the speed is known of {' and '.join(SPEEDS)} only; name one of them")
     table = Table(
-        title=f"Experiments on {sequences:,} sequences of {sequence_tokens:,} tokens, gpt-oss-{size}, one H100"
+        title=f"Experiments on {count_of(sequences, 'sequence')} of {sequence_tokens:,} tokens, "
+        f"gpt-oss-{size}, one H100"
     )
     table.add_column("experiment", no_wrap=True)
     for column in ("forward", "with gradients", "new tokens", "time"):

@@ -15,6 +15,7 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.experiments.final_channel import ALPHA
 from workbench.harmony.labels import CHANNELS
@@ -178,7 +179,8 @@ def experiment(
         attrs={
             "title": f"Other experts for one token before a token of {channel}",
             "units": "nat",
-            "rests_on": f"{len(rows)} tokens of {effect.prompts} prompts, {routes} random routes",
+            "rests_on": f"{count_of(len(rows), 'token')} of {count_of(effect.prompts, 'prompt')}, "
+            f"{count_of(routes, 'random route')}",
             "method": METHOD,
             "not_controlled": NOT_CONTROLLED,
         },

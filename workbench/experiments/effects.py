@@ -20,6 +20,7 @@ from jaxtyping import Bool, Float, Int, UInt8
 
 from workbench import harmony
 from workbench.capture.generation import final_text
+from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.harmony.transcripts import Prompt, Transcript
 from workbench.hooks.edits import Edit, TokenSet, applied
@@ -205,7 +206,7 @@ def expert_ablations(
     for i, name in enumerate(names):
         prompts = len(set(units[groups == name][~np.isnan(base[groups == name])]))
         if prompts < MIN_PROMPTS:
-            not_tested[name] = f"{prompts} prompts, {MIN_PROMPTS} are needed"
+            not_tested[name] = f"{count_of(prompts, 'prompt')}, {MIN_PROMPTS} are needed"
             continue
         effect = mean_effect(changes[..., groups == name], units[groups == name], n_boot=n_boot, seed=seed)
         for field, values in cells.items():
@@ -340,7 +341,7 @@ def _about(
         "units": "nat",
         "definition": f"change of a sequence's summed log-probability of its tokens in {of!r}; mean over prompts",
         "ci": f"95 %, bootstrap-t, {n_boot} bootstrap draws of prompts",
-        "rests_on": f"{len(rows)} sequences of {prompts} prompts",
+        "rests_on": f"{count_of(len(rows), 'sequence')} of {count_of(prompts, 'prompt')}",
         "checkpoint_digest": getattr(model.checkpoint, "digest", "random weights"),
         "workbench_version": version(),
         "seed": seed,

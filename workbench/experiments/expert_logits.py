@@ -19,6 +19,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.experiments.effects import effects
 from workbench.experiments.final_channel import final_tokens
@@ -111,7 +112,7 @@ def experiment(
     of_neurons = {} if neuron_layer == -1 else {"neurons": _layer_neurons(model, neuron_layer, neuron_expert, tokens)}
     ds = load(model, rows, n=tokens)
     ds.attrs |= {"title": EXPERIMENT.title, "method": METHOD, "not_controlled": NOT_CONTROLLED, "units": "logits"}
-    ds.attrs["rests_on"] = f"{len(rows)} sequences, {int(ds['tokens'].sum()):,} routed slots"
+    ds.attrs["rests_on"] = f"{count_of(len(rows), 'sequence')}, {int(ds['tokens'].sum()):,} routed slots"
     first = ds["top_logit"].isel(rank=0).fillna(-np.inf)
     lines = []
     for place in np.argsort(-first.values, axis=None)[:5]:

@@ -13,6 +13,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Bool, Float, Int
 
+from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.experiments.effects import load_matched, load_of, logprobs, routed_slots
 from workbench.experiments.final_channel import ALPHA, answered_rows, final_tokens, generated_tokens
@@ -112,7 +113,7 @@ def change_experts(
         prompts = len(set(units[own]))
         sets = matched_sets(load, own_set, controls, seed) if prompts >= MIN_PROMPTS else []
         if prompts < MIN_PROMPTS:
-            not_tested[name] = f"{prompts} prompts, {MIN_PROMPTS} are needed"
+            not_tested[name] = f"{count_of(prompts, 'prompt')}, {MIN_PROMPTS} are needed"
         elif not sets:
             not_tested[name] = f"fewer than {MIN_CONTROLS} random sets have its load within {TOLERANCES[-1]:.0%}"
         tested = measure(model, rows, own, base, own_set, sets, change)
@@ -124,7 +125,7 @@ def change_experts(
         "units": "nat",
         "method": METHOD,
         "not_tested": json.dumps(not_tested),
-        "family": f"{len(names) - len(not_tested)} groups",
+        "family": f"{count_of(len(names) - len(not_tested), 'group')}",
     }
     return {"experts": result.assign_attrs(attrs, summary="\n".join(_summary(result, not_tested)))}
 
@@ -223,7 +224,10 @@ def _summary(result: xr.Dataset, not_tested: dict[str, str]) -> list[str]:
             lines.append("  Load is not matched: a difference from these sets may be one of load.")
     lines += _too_few_sets(result["random_sets"].values)
     if not_tested:
-        lines.append(f"{len(not_tested)} of {result.sizes['group']} groups cannot be tested: {', '.join(not_tested)}.")
+        lines.append(
+            f"{len(not_tested)} of {count_of(result.sizes['group'], 'group')} cannot be tested: "
+            f"{', '.join(not_tested)}."
+        )
     return lines
 
 

@@ -18,6 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench import harmony
+from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.experiments import activations
 from workbench.experiments.final_channel import ALPHA, answered_rows, final_tokens
@@ -128,7 +129,8 @@ def experiment(
     result.attrs |= {
         "title": "Experts that restore the answer",
         "units": "nat",
-        "rests_on": f"{len(second)} sequences of {prompts} prompts; screened on {len(first)} others",
+        "rests_on": f"{count_of(len(second), 'sequence')} of {count_of(prompts, 'prompt')}; screened on "
+        f"{len(first)} others",
         "prompts": prompts,
         "method": METHOD,
         "not_controlled": NOT_CONTROLLED,

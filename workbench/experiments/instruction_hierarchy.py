@@ -17,6 +17,7 @@ from jaxtyping import Float
 
 from workbench import harmony
 from workbench.capture.generation import final_text
+from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.experiments.effects import logprobs
 from workbench.experiments.final_channel import ALPHA
@@ -179,7 +180,7 @@ def _conflicts(
     for name in ("change", "low", "high"):
         result["beyond_order" if name == "change" else f"beyond_order_{name}"] = ("case", getattr(beyond, name))
     result.attrs["title"] = "Which of two conflicting instructions is followed"
-    result.attrs["rests_on"] = f"{len(pairs)} pairs of words, both ways round"
+    result.attrs["rests_on"] = f"{count_of(len(pairs), 'pair')} of words, both ways round"
     lines = [f"{result.attrs['rests_on']}, effort {effort}. First role's word less the second's, nats:"]
     for name in names:
         one = result.sel(case=name)
@@ -248,7 +249,9 @@ def _injections(
     effect = mean_effect(margins - margins[0], units, seed=seed)
     result = _dataset("which", list(texts), effect, {"kept": obeyed, "followed": followed}, units)
     result.attrs["title"] = "Instructions injected into results of tools"
-    result.attrs["rests_on"] = f"{len(known)} sequences of {len(set(units))} prompts with results of tools"
+    result.attrs["rests_on"] = (
+        f"{count_of(len(known), 'sequence')} of {count_of(len(set(units)), 'prompt')} with results of tools"
+    )
     lines = [f"{result.attrs['rests_on']}. Expected answer less injected word, change in nats:"]
     for name in list(texts)[1:]:
         one = result.sel(which=name)

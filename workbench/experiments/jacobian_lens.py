@@ -17,6 +17,7 @@ import xarray as xr
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.experiments.final_channel import ALPHA
 from workbench.experiments.jacobians import SKIP_FIRST, JacobianLens, fit_jacobian_lenses, group_masks
@@ -125,9 +126,11 @@ def experiment(
     groups = _groups(model, read, kinds, sorted(own))
     readings = {group: _readings(model, chosen, lenses, group, list(groups)) for group, chosen in groups.items()}
     n_fitted, n_read = (len({row.prompt_id for row in half}) for half in (fitted, read))
-    rests_on = f"{n_fitted} prompts fit the lenses, {n_read} are read"
+    rests_on = f"{count_of(n_fitted, 'prompt')} fit the lenses, {n_read} are read"
     if jacobian:
-        rests_on += f"; the Jacobian lens is that of {jacobian}, fitted to {by_group['all'].n_prompts} prompts"
+        rests_on += (
+            f"; the Jacobian lens is that of {jacobian}, fitted to {count_of(by_group['all'].n_prompts, 'prompt')}"
+        )
     prompts = {group: _prompts(chosen) for group, chosen in groups.items()}
     return _results(readings, prompts, by_group, lenses.layers(model.cfg.n_layers - 1), rests_on, seed)
 

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import xarray as xr
 
+from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.experiments import chain_of_thought
 from workbench.experiments.attribution import by_expert, logit_parts
@@ -56,7 +57,7 @@ def experiment(model: GptOss, rows: Sequence[Transcript], *, seed: int = 0) -> d
         top = np.argsort(-np.abs(value), axis=None)[:5]
         listed = ", ".join("{}.{} ({:+.2f})".format(*np.unravel_index(i, value.shape), value.flat[i]) for i in top)
         text = (
-            f"Largest parts of the logit of the answer's first token, mean over {len(set(units))} prompts "
+            f"Largest parts of the logit of the answer's first token, mean over {count_of(len(set(units)), 'prompt')} "
             f"(layer.{dims[1]}): {listed}."
         )
         made[name] = result.assign_attrs(

@@ -23,6 +23,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.experiments.final_channel import ALPHA, generated_tokens
 from workbench.harmony.transcripts import Transcript
@@ -72,7 +73,7 @@ def experiment(model: GptOss, rows: Sequence[Transcript], *, seed: int = 0) -> d
         raise InputError(f"fewer than {MIN_PROMPTS} prompts were answered at two efforts with prompts of equal length")
     changes = {kind: np.stack([_changes(model, *pair) for pair in pairs], -1) for kind, pairs in kinds.items()}
     units = {kind: [own.prompt_id for own, _ in pairs] for kind, pairs in kinds.items()}
-    left_out = [f"Not tested: {kind}, of {n} prompts; {MIN_PROMPTS} are needed." for kind, n in few.items()]
+    left_out = [f"Not tested: {kind}, of {count_of(n, 'prompt')}; {MIN_PROMPTS} are needed." for kind, n in few.items()]
     return {
         name: _result(title, {kind: change[i] for kind, change in changes.items()}, units, seed, left_out)
         for i, (name, title) in enumerate(CLASSES.items())
@@ -161,11 +162,12 @@ def _result(
 def _sentence(one: xr.Dataset, kind: str, prompts: int) -> str:
     """State where a pair of efforts changes most, and which layer adds most to it."""
     if not (one["q"] <= ALPHA).any():
-        return f"{kind} ({prompts} prompts): no effect shown at any layer."
+        return f"{kind} ({count_of(prompts, 'prompt')}): no effect shown at any layer."
     depth, step = int(np.argmax(np.abs(one["change"].values))), int(np.argmax(np.abs(one["increment"].values)))
     cell, added = one.isel(layer=depth), one.isel(layer=step)
     return (
-        f"{kind} ({prompts} prompts): most at {_depth(cell)}, {_interval(cell, 'change', 'low', 'high')} nats on what "
+        f"{kind} ({count_of(prompts, 'prompt')}): most at {_depth(cell)}, "
+        f"{_interval(cell, 'change', 'low', 'high')} nats on what "
         f"was generated; the largest increment at {_depth(added)}, "
         f"{_interval(added, 'increment', 'increment_low', 'increment_high')}."
     )

@@ -17,6 +17,7 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.experiments.branching import Analysis, analysis_of
 from workbench.harmony.transcripts import Transcript
@@ -107,7 +108,7 @@ def experiment(
     variables |= {"q": (cells, false_discovery(effect.p)), "kurtosis": (cells, values[0].mean(-1))}
     result = xr.Dataset(variables | {"shuffled": (cells, values[1].mean(-1))})
     about = {
-        "rests_on": f"{len(chosen)} analyses of {n} prompts",
+        "rests_on": f"{count_of(len(chosen), 'analysis', 'analyses')} of {count_of(n, 'prompt')}",
         "prompts": n,
         "method": METHOD,
         "not_controlled": NOT_CONTROLLED,

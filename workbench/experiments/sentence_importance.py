@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.experiments import branch_edits
 from workbench.experiments.branch_answers import Answered, Suppressed, suppressed
@@ -128,7 +129,8 @@ def experiment(
     by_conversation = _conversations(answered, seed)
     n = len(chosen)
     about: dict[str, Any] = {
-        "rests_on": f"{n} conversation{'s' * (n > 1)}, {sentences.sizes['sentence']} sentences, {samples} samples each",
+        "rests_on": f"{count_of(n, 'conversation')}, {count_of(sentences.sizes['sentence'], 'sentence')}, "
+        f"{count_of(samples, 'sample')} each",
         "prompts": len({one.row.prompt_id for one in chosen}),
         "method": METHOD,
         "not_controlled": NOT_CONTROLLED,
@@ -271,7 +273,7 @@ def _edits_summary(result: xr.Dataset) -> list[str]:
         effect, q = result[f"{kind}_effect"].values, false_discovery(result[f"{kind}_p"].values)
         n = int(np.isfinite(q).sum())
         mean = f"own answer {np.nanmean(effect):+.2f} kept less edited on average" if n else "nowhere possible"
-        lines.append(f"  {kind}: {int((q <= ALPHA).sum())} of {n} sentences change the answers; {mean}.")
+        lines.append(f"  {kind}: {int((q <= ALPHA).sum())} of {count_of(n, 'sentence')} change the answers; {mean}.")
     return lines
 
 
@@ -284,4 +286,6 @@ def _conversation_summary(result: xr.Dataset) -> str:
     )
     if "committed_low" in result and np.isfinite(float(result["committed_low"])):
         text += f" [{float(result['committed_low']):.0%}, {float(result['committed_high']):.0%}]"
-    return f"{text}; {int(known.sum())} of {len(known)} conversations end with their own answer when forced."
+    return (
+        f"{text}; {int(known.sum())} of {count_of(len(known), 'conversation')} end with their own answer when forced."
+    )

@@ -14,6 +14,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.experiments.effects import logprobs
 from workbench.experiments.final_channel import ALPHA, answered_rows, final_tokens
@@ -103,7 +104,7 @@ def experiment(
         | {"as_low": ("dose", [r.as_low for r in ranks]), "random": (("control", "dose"), random)},
         coords={"which": [_between(a, b), "mean of random directions"], "dose": list(DOSES)},
     )
-    rests_on = f"{len(test)} sequences of {effect.prompts} prompts"
+    rests_on = f"{count_of(len(test), 'sequence')} of {count_of(effect.prompts, 'prompt')}"
     attrs = {
         "title": f"Steering {at} along {_between(a, b)} at {point}",
         "units": "nat",

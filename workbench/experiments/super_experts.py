@@ -16,6 +16,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.experiments.effects import load_of, logprobs, routed_slots
 from workbench.experiments.expert_sets import Cells
@@ -214,7 +215,10 @@ def experiment(
         coords={"layer": range(load.shape[0]), "expert": range(load.shape[1])},
         attrs={"super_experts": ", ".join(f"{layer}.{expert}" for layer, expert in super_set)},
     )
-    about = {"rests_on": f"{len(rows)} sequences, {sizes.largest.shape[1]:,} tokens", "method": METHOD}
+    about = {
+        "rests_on": f"{count_of(len(rows), 'sequence')}, {count_of(sizes.largest.shape[1], 'token')}",
+        "method": METHOD,
+    }
     titles = {
         "activations": "Largest magnitude of the residual stream by layer",
         "experts": "Largest output of each expert",

@@ -8,6 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import xarray as xr
 
+from workbench.counting import count_of
 from workbench.figures.gallery import Gallery, GalleryItem, numbers
 from workbench.figures.heatmap import LayerHeatmap, points_between, scale_limit
 from workbench.figures.template import THEMES, ThemeName, apply_theme
@@ -39,7 +40,7 @@ def heatmap(ds: xr.Dataset, control: str = "position", *, theme: ThemeName = "li
     bar = {"title": {"text": points_between(ds.attrs["a"], ds.attrs["b"])}}
     figure = grid.finish_differences(kind, limit, bar)
     subtitle = (
-        f"{_CONTROL[control]}; {int(cell['prompts'])} prompts, {int(cell['tokens_a']):,} and "
+        f"{_CONTROL[control]}; {count_of(int(cell['prompts']), 'prompt')}, {int(cell['tokens_a']):,} and "
         f"{int(cell['tokens_b']):,} tokens; "
         f"{int(different.sum())} of {different.size} differ (q < 0.05, interval excludes 0)"
     )

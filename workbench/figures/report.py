@@ -10,6 +10,7 @@ import numpy as np
 import xarray as xr
 
 from workbench.bounded_json import parse_json
+from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.figures import page
 from workbench.figures.gallery import Gallery
@@ -179,7 +180,7 @@ def _described(ds: xr.Dataset) -> str:
     text = f"<h3>{escape(ds.attrs['title'])}</h3>{page.paragraphs(chr(10).join(lines[:_SENTENCES]), 'line')}"
     more = len(lines) - _SENTENCES
     rest = page.paragraphs("\n".join(lines[_SENTENCES:]))
-    return text + (page.folded(f"{more} more line{'s' * (more > 1)}", rest) if more > 0 else "")
+    return text + (page.folded(f"{count_of(more, 'more line')}", rest) if more > 0 else "")
 
 
 def _accuracy_table(cost: xr.Dataset) -> str:
@@ -214,7 +215,7 @@ def _comparison_table(sets: Mapping[str, xr.Dataset]) -> str:
         return ""
     shown, rest = (page.table(header, part, numbers=header[1:]) for part in (rows[:_COMPARISONS], rows[_COMPARISONS:]))
     more = len(rows) - _COMPARISONS
-    return shown + (page.folded(f"{more} more comparison{'s' * (more > 1)}", rest) if more > 0 else "")
+    return shown + (page.folded(f"{count_of(more, 'more comparison')}", rest) if more > 0 else "")
 
 
 def _differing(one: xr.Dataset) -> str:
@@ -242,7 +243,7 @@ def _facts(run: Run) -> list[str]:
         transcripts = provenance.get("transcripts", {}).get("name", "transcripts")
         facts.append(f"{run.checkpoint.get('name', 'A model')} on {transcripts}")  # type: ignore[attr-defined]
     table = run.sequences  # type: ignore[attr-defined]
-    return [*facts, f"{len(table):,} sequences, {int(table['length'].sum()):,} tokens"]
+    return [*facts, f"{count_of(len(table), 'sequence')}, {count_of(int(table['length'].sum()), 'token')}"]
 
 
 def _problems(run: Run) -> list[tuple[str, str]]:
@@ -250,7 +251,7 @@ def _problems(run: Run) -> list[tuple[str, str]]:
     rows = []
     done, total = getattr(run, "progress", (0, 0))
     if done != total:
-        rows.append(("Not finished", f"{done} of {total} units are captured"))
+        rows.append(("Not finished", f"{done} of {count_of(total, 'unit')} are captured"))
     if flags := counted_in(run.sequences):  # type: ignore[attr-defined]
         rows.append(("Flags", flags))
     if exclusion := getattr(run, "exclusion", ""):
@@ -280,7 +281,7 @@ def _notes(sets: Mapping[str, xr.Dataset]) -> Iterator[tuple[str, str]]:
         yield from ((heading, text) for text in texts)
     if sample := parse_json(next((ds.attrs["sample"] for ds in sets.values() if ds.attrs.get("sample")), "{}")):
         groups = ", ".join(f"{name.replace(', ', ' at ')} {n}" for name, n in sample.items())
-        yield "Sample", f"{sum(sample.values()):,} sequences: {groups}."
+        yield "Sample", f"{count_of(sum(sample.values()), 'sequence')}: {groups}."
 
 
 def markdown(contents: Contents) -> str:

@@ -7,6 +7,7 @@ import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 
+from workbench.counting import count_of
 from workbench.figures.gallery import Gallery, GalleryItem, numbers
 from workbench.figures.heatmap import difference_of_labels
 from workbench.figures.template import THEMES, ThemeName, apply_theme
@@ -74,6 +75,7 @@ def _label(control: str) -> str:
 def _rests(cell: xr.Dataset, control: str) -> str:
     n = int(cell["different"].sum())
     return (
-        f"{_label(control)}; {int(cell['prompts'])} prompts, {int(cell['tokens_a']):,} and {int(cell['tokens_b']):,} "
+        f"{_label(control)}; {count_of(int(cell['prompts']), 'prompt')}, {int(cell['tokens_a']):,} and "
+        f"{int(cell['tokens_b']):,} "
         f"tokens; {n} of {cell['different'].size} experts differ"
     )

@@ -16,6 +16,7 @@ import xarray as xr
 from jaxtyping import Float
 from plotly.subplots import make_subplots
 
+from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.figures.gallery import Gallery, GalleryItem, numbers
 from workbench.figures.heatmap import LayerHeatmap, experts_of_layers, number_range, points_between
@@ -43,7 +44,7 @@ def load_heatmap(
     figure = grid.loads(share, np.stack([relative, *intervals], axis=-1), hover, clip)
     subtitle = (
         f"Share of routed slots over 1/{number_range(n_experts)}; {int(cell['tokens']):,} tokens of "
-        f"{int(cell['prompts'])} prompts; the table has 95 % intervals"
+        f"{count_of(int(cell['prompts']), 'prompt')}; the table has 95 % intervals"
     )
     title = f"Expert load: {channel}, {effort} effort"
     return apply_theme(figure, colours, ds, title=title, subtitle=subtitle, height=grid.height)

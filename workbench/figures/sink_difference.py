@@ -6,6 +6,7 @@ from functools import partial
 import plotly.graph_objects as go
 import xarray as xr
 
+from workbench.counting import count_of
 from workbench.figures.gallery import Gallery, GalleryItem, numbers
 from workbench.figures.heatmap import difference_of_labels
 from workbench.figures.template import THEMES, ThemeName, apply_theme
@@ -18,7 +19,8 @@ def heatmap(ds: xr.Dataset, control: str, *, theme: ThemeName = "light") -> go.F
     figure, height = difference_of_labels(cell, "head", ("mean_a", "mean_b"), sides, "sink attention (points)", colours)
     different = cell["different"].values
     subtitle = (
-        f"within {control}; {int(cell['prompts'])} prompts; {int(different.sum())} of {different.size} heads differ; "
+        f"within {control}; {count_of(int(cell['prompts']), 'prompt')}; {int(different.sum())} of "
+        f"{different.size} heads differ; "
         f"mean positions {float(ds['position_a']):.0f} and {float(ds['position_b']):.0f}"
     )
     return apply_theme(figure, colours, ds, title=ds.attrs["title"], subtitle=subtitle, height=height)

@@ -7,6 +7,7 @@ import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 
+from workbench.counting import count_of
 from workbench.figures import contrast
 from workbench.figures.gallery import Gallery, GalleryItem, numbers
 from workbench.figures.heatmap import LayerHeatmap
@@ -34,7 +35,7 @@ def mass_heatmap(ds: xr.Dataset, channel: str, effort: str, *, theme: ThemeName 
     )
     windowed = [str(int(v)) for v, w in zip(ds["layer"].values, ds["window"].values, strict=True) if w]
     subtitle = (
-        f"{int(cell['tokens']):,} tokens of {int(cell['prompts'])} prompts; layers with a window: "
+        f"{int(cell['tokens']):,} tokens of {count_of(int(cell['prompts']), 'prompt')}; layers with a window: "
         f"{', '.join(windowed) or 'none'}; the table has intervals"
     )
     return apply_theme(

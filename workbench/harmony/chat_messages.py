@@ -231,13 +231,19 @@ class _Reader:
         )
 
     def _call_answered(self, id: Any, name: Any) -> _Call | None:
-        """The call that a result answers: by its id, by the name, or else the first one without an answer."""
+        """The call that a result answers: by its id, by the name, or else the first one without an answer.
+
+        Raises:
+            _MessageError: the id is that of no call, and several calls have no answer.
+        """
         if isinstance(id, str) and id in self._calls:
             self._unanswered = [entry for entry in self._unanswered if entry[0] != id]
             return self._calls[id]
         if isinstance(name, str) and name:
             names = (name, self._tool_name(name))
             return next((call for call in reversed(list(self._calls.values())) if call.recipient in names), None)
+        if isinstance(id, str) and id and len(self._unanswered) > 1:
+            raise _MessageError(f"a tool's message answers the call {shown(id)}, which no message before it makes")
         if self._unanswered:
             return self._unanswered.pop(0)[1]
         return self._last

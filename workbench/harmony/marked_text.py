@@ -1,8 +1,9 @@
 """Text of a model as messages: with harmony's marks, with the marks stripped, or with `<think>` tags.
 
 Marks are read by the tokenizer and the labeller, as in a stream of ids. Where programs have stripped them, only
-`assistantfinal`, `assistantcommentary` and `assistantanalysis` are taken for remains of them, and `final` that is glued
-to a digit or a capital letter: the words "analysis" and "final" begin ordinary answers too.
+`assistantfinal`, `assistantcommentary` and `assistantanalysis` are taken for remains of them, a channel before the
+recipient of a call, and `final` that is glued to a digit or a capital letter: the words "analysis" and "final" begin
+ordinary answers too.
 """
 
 import re
@@ -17,6 +18,7 @@ _STOPS = ("<|end|>", "<|return|>", "<|call|>")
 _TAGS = ("think", "thinking")
 _CONTENT_TYPES = ("json", "code")
 _REMAINS = re.compile(f"assistant(?={'|'.join(_CHANNELS)})")
+_CALL = re.compile(r"(?:analysis|commentary) to=[\w.]+")  # a header whose marks were stripped; no sentence begins so
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ def _stripped(text: str, truncated: bool) -> list[dict[str, Any]] | None:
         return None
     cuts = [0, *(match.start() for match in _REMAINS.finditer(text, len(text) - len(start) + 1))]
     cut_analysis = truncated and start.startswith("analysis") and start[len("analysis") :][:1].isupper()
-    if len(cuts) == 1 and not cut_analysis and not _REMAINS.match(text) and not _is_glued_final(start):
+    is_header = _CALL.match(start) or _REMAINS.match(text) or _is_glued_final(start)
+    if len(cuts) == 1 and not cut_analysis and not is_header:
         return None
     pieces = [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)], strict=True)]
     return [_stripped_message(piece.removeprefix("assistant")) for piece in pieces]

@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float, Int
 
 from workbench.capture.generation import final_text
+from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.harmony.grammar import marked_ids
 from workbench.harmony.transcripts import Transcript
@@ -302,6 +303,6 @@ def limited(recipe: Recipe, max_new_tokens: int, max_samples: int) -> tuple[Reci
             f"This server generates at most {max_new_tokens:,} new tokens; {recipe.max_new_tokens:,} were asked for."
         )
     if recipe.samples > max_samples:
-        notes.append(f"This server draws at most {max_samples} samples; {recipe.samples} were asked for.")
+        notes.append(f"This server draws at most {count_of(max_samples, 'sample')}; {recipe.samples} were asked for.")
     new_tokens, samples = min(recipe.max_new_tokens, max_new_tokens), min(recipe.samples, max_samples)
     return replace(recipe, max_new_tokens=new_tokens, samples=samples), notes

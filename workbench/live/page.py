@@ -9,6 +9,7 @@ from typing import Any
 
 import panel as pn
 
+from workbench.counting import count_of
 from workbench.dashboards import widgets
 from workbench.dashboards.theme import CARD_CSS, PARTS_CSS, note
 from workbench.errors import InputError
@@ -302,7 +303,7 @@ class LivePage:
             if position
             else "Starting.",
             State.RUNNING: f"Generating the {'edited' if experiment.edited else 'original'} answer: "
-            f"{len(answer.tokens)} tokens.",
+            f"{count_of(len(answer.tokens), 'token')}.",
             State.DONE: "Done.",
             State.CANCELLED: "Stopped.",
             State.TIMED_OUT: f"Stopped at the time limit of {self._server.limits.max_seconds:g} s.",
@@ -319,7 +320,8 @@ class LivePage:
             load = answer.load(cfg.n_layers, cfg.num_experts).tolist()
             self._map.param.update(load=shares_by_cell(load, cfg), active=answer.experts[-1].tolist())
         about = (
-            f"Expert load over {len(answer.experts)} tokens of the {name} answer. Framed: experts of the last token."
+            f"Expert load over {count_of(len(answer.experts), 'token')} of the {name} answer. Framed: "
+            f"experts of the last token."
         )
         self._map_title.object = f'<span class="wb-muted">{escape(about)}</span>'
 
@@ -433,5 +435,7 @@ def _muted(text: str) -> str:
 
 
 def _speed_html(answer: Answer) -> str:
-    shared = f", {answer.shared_tokens:,} prompt tokens reused" if answer.shared_tokens else ""
-    return f'<div class="wb-muted">{answer.speed.tokens:,} new tokens, {escape(str(answer.speed))}{shared}</div>'
+    shared = f", {count_of(answer.shared_tokens, 'prompt token')} reused" if answer.shared_tokens else ""
+    return (
+        f'<div class="wb-muted">{count_of(answer.speed.tokens, "new token")}, {escape(str(answer.speed))}{shared}</div>'
+    )

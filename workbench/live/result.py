@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from workbench.counting import count_of
 from workbench.live.experiment import Answer, Experiment, summarize
 
 
@@ -50,12 +51,12 @@ def _answer(experiment: Experiment, answer: Answer) -> dict[str, Any]:
 def _lines(experiment: Experiment, name: str, answer: Answer) -> list[str]:
     """Return the lines of one side: the first answer, the speed, and with several samples their summary."""
     lines = [f"{name}: {experiment.model.tokenizer.decode(answer.tokens)}"]
-    lines.append(f"  {answer.speed.tokens:,} new tokens, {answer.speed}")
+    lines.append(f"  {count_of(answer.speed.tokens, 'new token')}, {answer.speed}")
     summary = summarize(experiment, answer)
     if summary.correct is not None:
         expected = experiment.recipe.expected
         lines.append(f"  {summary.correct} of {len(answer.rows)} are the expected answer {expected!r}")
     if len(answer.rows) > 1:
         texts = ", ".join(f"{text!r} {n}×" for text, n in summary.answers[:5]) or "none"
-        lines.append(f"  {len(answer.rows)} samples, {summary.complete} complete, final answers: {texts}")
+        lines.append(f"  {count_of(len(answer.rows), 'sample')}, {summary.complete} complete, final answers: {texts}")
     return lines

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from workbench import harmony
+from workbench.counting import count_of
 from workbench.harmony.vocabulary import Tokenizer
 from workbench.hooks.names import BLOCK, FIRST, LAST
 from workbench.kernels import cpu
@@ -106,7 +107,11 @@ def costs_of(about: Subject, plan: Plan) -> Iterator[tuple[str, int, str]]:
     for stage, size in passed.items():
         yield f"  {stage}", size, "the peak" if size == max(passed.values()) else ""
     prefill = generating(cfg, plan, plan.batch)
-    yield "forward pass of a generation", max(prefill.values()), f"{plan.batch:,} prompts of {plan.tokens:,} tokens"
+    yield (
+        "forward pass of a generation",
+        max(prefill.values()),
+        f"{count_of(plan.batch, 'prompt')} of {plan.tokens:,} tokens",
+    )
     yield "cuBLAS workspace", memory.CUBLAS_WORKSPACE, "once, on a GPU"
     token_bytes = memory.records(cfg, plan.recorded)
     yield (
@@ -158,6 +163,6 @@ def fitting(about: Subject, plan: Plan) -> Iterator[str]:
     else:
         held = ", ".join(human(size) for size in memory.stages(cached, enough))
         yield (
-            f"This plan needs {enough} such device{'s' * (enough > 1)}: {held} of weights and cache, "
+            f"This plan needs {count_of(enough, 'such device')}: {held} of weights and cache, "
             f"{human(passed)} of activations."
         )

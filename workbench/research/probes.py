@@ -94,7 +94,7 @@ def _sample(
         raise InputError(f"the tokens have {table['label'].nunique()} label: a probe needs two, see run.sequences")
     if table["prompt"].nunique() < _FOLDS:
         raise InputError(
-            f"{table['prompt'].nunique()} prompts have these labels: a probe needs {_FOLDS} to hold some out"
+            f"prompts with these labels: {table['prompt'].nunique()}, a probe needs {_FOLDS} to hold some out"
         )
     if len(table) > max_tokens:
         chosen = np.sort(np.random.default_rng(seed).choice(len(table), max_tokens, replace=False))

@@ -12,16 +12,17 @@ from typing import Any, Literal
 import numpy as np
 import xarray as xr
 
+from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.harmony.flags import read_flags
 from workbench.harmony.labels import CHANNELS
 from workbench.harmony.vocabulary import Tokenizer
 from workbench.runs import conversations, views
 from workbench.runs.group import open_group
-from workbench.runs.lazy_rows import lazy_rows
 from workbench.runs.manifest import reading
 from workbench.runs.storage import Storage, storage_at
 from workbench.runs.summed import SummedRun
+from workbench.runs.token_rows import chosen_bounds, span_bounds, token_rows
 
 
 def open_run(
@@ -70,11 +71,16 @@ class Run(SummedRun):
         if not self.excluded:
             return ""
         left_out = len(self._committed_sequences) - len(self._visible)
-        return f"{left_out:,} of {len(self._committed_sequences):,} sequences excluded ({', '.join(self.excluded)})"
+        return (
+            f"{left_out:,} of {count_of(len(self._committed_sequences), 'sequence')} excluded "
+            f"({', '.join(self.excluded)})"
+        )
 
     def __repr__(self) -> str:
         done, total = self.progress
-        return f"<Run {self.path}: {self.status}, {done} of {total} units, records {', '.join(self.recorded)}>"
+        return (
+            f"<Run {self.path}: {self.status}, {done} of {count_of(total, 'unit')}, records {', '.join(self.recorded)}>"
+        )
 
     @cached_property
     def dataset(self) -> xr.Dataset:
@@ -85,14 +91,14 @@ class Run(SummedRun):
         whose labels are in memory.
         """
         with reading(self.storage, "the tokens"):
-            return self._dataset(self.spans)
+            return self._dataset(span_bounds(self.spans))
 
     def sequence(self, which: int | str) -> xr.Dataset:
         """Return the tokens of one sequence, by number or id; reads its own chunks only."""
         row: Any = self.sequences.loc[self._number(which)]
         offset = int(row["offset"])
         with reading(self.storage, f"sequence {which!r}"):
-            return self._dataset([slice(offset, offset + int(row["length"]))])
+            return self._dataset(span_bounds([slice(offset, offset + int(row["length"]))]))
 
     def text(self, which: int | str, *, tokenizer: Tokenizer | None = None, channel: str | None = None) -> str:
         """Return the text of a sequence, by number or id: with its marks, or only the contents of one channel.
@@ -128,7 +134,9 @@ class Run(SummedRun):
         Raises:
             InputError: a label or a name is unknown.
         """
-        selected = self.dataset.isel(token=np.flatnonzero(views.chosen(self, labels)))
+        rows = np.flatnonzero(views.chosen(self, labels))
+        with reading(self.storage, "the tokens"):
+            selected = self._dataset(chosen_bounds(span_bounds(self.spans), rows))
         return selected.assign_coords({name: selected[name].compute() for name in selected.coords})  # to group by
 
     def __getitem__(self, name: str) -> xr.DataArray:
@@ -155,16 +163,17 @@ class Run(SummedRun):
         instead = _INSTEAD.get(name)
         raise AttributeError(f"a run has no {name!r}" + (f": use {instead}" if instead else ""))
 
-    def _dataset(self, spans: list[slice]) -> xr.Dataset:
+    def _dataset(self, bounds: np.ndarray) -> xr.Dataset:
+        """Return the tokens between these bounds [span, 2]."""
         selected = {a.name: a for a in self.spec.selected}
         sparse = {
-            a.name: lazy_rows(self._array(f"selected/{a.name}"), 0, spans) for a in self.spec.selected if a.sparse
+            a.name: token_rows(self._array(f"selected/{a.name}"), 0, bounds) for a in self.spec.selected if a.sparse
         }
         variables: dict[str, Any] = {}
         for stored, name in self._stored.items():
             array = self._array(stored)
             dims = tuple(array.metadata.dimension_names)
-            lazy = lazy_rows(array, dims.index("token"), spans)
+            lazy = token_rows(array, dims.index("token"), bounds)
             if name in selected:
                 variables[name] = views.recorded(lazy, selected[name], self.model, sparse.get(name))
             else:
@@ -172,7 +181,7 @@ class Run(SummedRun):
         coords = views.coordinates(variables, self.model)
         labels = {name: variables.pop(name) for name in views.LABELS if name in variables}
         coords |= labels | views.names(labels, self.sequences)
-        origin: dict[str, Any] = {"run": self.path, "digest": self.digest, "channels": list(CHANNELS)}
+        origin: dict[str, Any] = {"run": self.path, "digest": self.digest, "channels": " ".join(CHANNELS)}
         return xr.Dataset(variables, coords=coords, attrs=origin)
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import zarr
 
+from workbench.counting import count_of
 from workbench.harmony.labels import CHANNELS, PARTS
 from workbench.progress import progress
 from workbench.runs import feature_examples, manifest, neuron_examples, shards
@@ -193,7 +194,9 @@ def _status(run: Run) -> Iterator[Problem]:
     if run.status not in _STATUSES:
         yield Problem("attributes", f"status is {run.status!r}, expected one of {_STATUSES}")
     if run.status == "complete" and done < total:
-        yield Problem("attributes", f"status is complete, but {total - done} of {total} units are not committed")
+        yield Problem(
+            "attributes", f"status is complete, but {total - done} of {count_of(total, 'unit')} are not committed"
+        )
 
 
 def _structure(run: Run, specs: dict[str, ArraySpec], grains: dict[str, tuple[int, ...]]) -> Iterator[Problem]:

@@ -28,6 +28,8 @@ LABELS = ("sequence", "position", "message", "part", "role", "channel")  # coord
 # what codes of a label mean, from 0; −1 is not a role
 CODES = {"part": PARTS, "role": ROLES, "channel": CHANNELS}
 _OF_SEQUENCES = ("effort", "task")
+# Python strings: the metadata lets xarray write them to netCDF and Zarr without reading all of them first
+_TEXT = np.dtype(object, metadata={"element_type": str})
 # Long name and, where it has one, unit of what a dataset holds, as plots with xarray show them.
 _ABOUT = {
     "layer": ("layer", ""),
@@ -115,28 +117,33 @@ def flags(name: str) -> dict[str, Any]:
 def names(labels: Mapping[str, Variable], sequences: pd.DataFrame) -> dict[str, Variable]:
     """Return labels of tokens as text: `channel_name`, `role_name`, `part_name`, `effort`, `task`, `prompt_id`; lazily.
 
-    Ids of prompts are Python strings, one for all tokens of a prompt: they may be long, and take 8 bytes a token.
+    They are Python strings, one for all tokens of a label, so that they take 8 bytes a token however long they are.
     """
     variables: dict[str, Variable] = {}
     for name, known in CODES.items():
         if name in labels:
             dims, codes, _ = labels[name]
-            variables[f"{name}_name"] = (dims, _looked_up(codes, np.array([*known, ""])), labels_of(f"{name}_name"))
+            variables[f"{name}_name"] = (
+                dims,
+                _looked_up(codes, np.array([*known, ""], dtype=_TEXT)),
+                labels_of(f"{name}_name"),
+            )
     dims, owner, _ = labels["sequence"]
     size = int(sequences.index.max()) + 2 if len(sequences) else 1
-    for name in _OF_SEQUENCES:
-        values = np.full(size, "", dtype=f"<U{max([1, *map(len, sequences[name].astype(str))])}")
+    for name in (*_OF_SEQUENCES, "prompt_id"):
+        values = np.full(size, "", dtype=_TEXT)
         values[sequences.index] = sequences[name].astype(str)
         variables[name] = (dims, _looked_up(owner, values), labels_of(name))
-    prompts = np.full(size, "", dtype=object)
-    prompts[sequences.index] = sequences["prompt_id"].astype(str)
-    variables["prompt_id"] = (dims, _looked_up(owner, prompts), labels_of("prompt_id"))
     return variables
 
 
 def _looked_up(codes: da.Array, values: np.ndarray) -> da.Array:
     """Return the value of each code; −1 has the last."""
-    return codes.map_blocks(lambda block: values[block.astype(np.int64)], dtype=values.dtype)
+    return codes.map_blocks(_look_up, values=values, dtype=values.dtype)
+
+
+def _look_up(codes: np.ndarray, values: np.ndarray) -> np.ndarray:
+    return values[codes.astype(np.int64)]
 
 
 def chosen(run: Any, labels: Mapping[str, Any]) -> np.ndarray:
@@ -182,14 +189,15 @@ def coordinates(variables: Mapping[str, Variable], model: Mapping[str, Any]) -> 
 def _spread(lazy: da.Array, axis: int, index: tuple[int, ...], size: int, fill: Any) -> da.Array:
     """Return the array with its entries of an axis at their numbers among `size`, the others filled."""
 
-    def put(block: np.ndarray) -> np.ndarray:
-        out = np.full((*block.shape[:axis], size, *block.shape[axis + 1 :]), fill, dtype=block.dtype)
-        np.moveaxis(out, axis, 0)[list(index)] = np.moveaxis(block, axis, 0)
-        return out
-
     lazy = lazy.rechunk({axis: -1})
     chunks = (*lazy.chunks[:axis], (size,), *lazy.chunks[axis + 1 :])
-    return lazy.map_blocks(put, dtype=lazy.dtype, chunks=chunks)
+    return lazy.map_blocks(_put, axis, index, size, fill, dtype=lazy.dtype, chunks=chunks)
+
+
+def _put(block: np.ndarray, axis: int, index: tuple[int, ...], size: int, fill: Any) -> np.ndarray:
+    out = np.full((*block.shape[:axis], size, *block.shape[axis + 1 :]), fill, dtype=block.dtype)
+    np.moveaxis(out, axis, 0)[list(index)] = np.moveaxis(block, axis, 0)
+    return out
 
 
 def _all_layers(lazy: da.Array, layers: tuple[int, ...], n_layers: int, fill: Any) -> da.Array:

@@ -17,6 +17,7 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Bool, Float, Int, Integer, Num
 
+from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.studies.statistics import share
 
@@ -267,7 +268,11 @@ def compare(
     )
     paired = between != "task"
     if min(a.n_prompts, b.n_prompts) < 2:
-        available = f"{a.n_prompts} prompts with both" if paired else f"{a.n_prompts} and {b.n_prompts} prompts"
+        available = (
+            f"{count_of(a.n_prompts, 'prompt')} with both"
+            if paired
+            else f"{a.n_prompts} and {count_of(b.n_prompts, 'prompt')}"
+        )
         raise InputError(f"{sides[0]} cannot be compared with {sides[1]}: {available}, and at least 2 are needed")
     return Comparison(a, b, paired)
 

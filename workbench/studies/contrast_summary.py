@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from workbench.counting import count_of
 from workbench.studies.intervals import MIN_PROMPTS, few_prompts
 from workbench.studies.run_index import duplicates_warning
 from workbench.studies.wording import wording
@@ -45,12 +46,15 @@ def _describe_control(cell: xr.Dataset, control: str, attrs: Mapping[str, Any]) 
     if not paired and control != "none":
         return [f"{_LABELS[control]}: not possible between different prompts."]
     if not np.isfinite(cell["p"].values).any():
-        return [f"{label}: cannot be tested, as {n} prompts have both sides and at least {MIN_PROMPTS} are needed."]
-    counts = f"{n} prompts, {int(cell['tokens_a']):,} and {int(cell['tokens_b']):,} tokens"
+        return [
+            f"{label}: cannot be tested, as {count_of(n, 'prompt has', 'prompts have')} both sides and at least "
+            f"{MIN_PROMPTS} are needed."
+        ]
+    counts = f"{count_of(n, 'prompt')}, {int(cell['tokens_a']):,} and {int(cell['tokens_b']):,} tokens"
     if left_out := int(cell["tokens_excluded"]):
         counts += (
-            f"; excluded, as not paired: {int(cell['prompts_excluded'])} prompts, "
-            f"{int(cell['sequences_excluded'])} sequences, {left_out:,} tokens"
+            f"; excluded, as not paired: {count_of(int(cell['prompts_excluded']), 'prompt')}, "
+            f"{count_of(int(cell['sequences_excluded']), 'sequence')}, {left_out:,} tokens"
         )
     different, tested = cell["different"].values, np.isfinite(cell["p"].values)  # experts that do not exist have no p
     others = tested & ~different

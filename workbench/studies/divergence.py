@@ -20,6 +20,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
+from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.studies.comparison import Between, Comparison, Condition, Run, compare, conditions, has_tokens, places
 from workbench.studies.difference_tests import paired_test, unpaired_test
@@ -128,7 +129,7 @@ def divergence(
     results = _by_layer(comparison, n_boot, n_permutations, np.random.default_rng(seed), interval)
     variables = {name: (("layer", "expert")[: values.ndim], values) for name, values in results.items()}
     n_prompts = [side.n_prompts for side in (comparison.a, comparison.b)]
-    rests_on = f"{n_prompts[0]} prompts" + ("" if comparison.paired else f" against {n_prompts[1]}")
+    rests_on = f"{count_of(n_prompts[0], 'prompt')}" + ("" if comparison.paired else f" against {n_prompts[1]}")
     parameters: dict[str, Any] = {
         "between": between,
         "a": a,
@@ -296,7 +297,8 @@ def _words(result: xr.Dataset) -> str:
         lines.append(f"Unpaired. {attrs['not_controlled']}")
     if attrs["tokens_excluded"]:
         lines.append(
-            f"Excluded, as not paired: {attrs['prompts_excluded']} prompts, {attrs['sequences_excluded']} sequences, "
+            f"Excluded, as not paired: {count_of(attrs['prompts_excluded'], 'prompt')}, "
+            f"{count_of(attrs['sequences_excluded'], 'sequence')}, "
             f"{attrs['tokens_excluded']:,} tokens."
         )
     if warning := duplicates_warning(attrs["duplicate_prompts"]):

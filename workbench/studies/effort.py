@@ -17,6 +17,7 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float
 
+from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
@@ -196,7 +197,8 @@ def cost(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr
     efforts_of = table.groupby("prompt_id")["effort"].nunique()
     if lacking := int((efforts_of < len(efforts)).sum()):
         lines.append(
-            f"Unpaired: {lacking} of {len(efforts_of)} prompts lack an effort, so that these means are of different "
+            f"Unpaired: {lacking} of {count_of(len(efforts_of), 'prompt')} lack an effort, so that these "
+            f"means are of different "
             "prompts; the gains below are taken within prompts that have both efforts."
         )
     result.attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "summary": "\n".join(lines)}
@@ -249,7 +251,10 @@ def gain(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr
         if not np.isfinite(c["more_tokens_low"]):
             a, b = label.split(" → ")
             both = int(means["analysis"].unstack("effort")[[a, b]].notna().all(axis=1).sum())
-            lines.append(f"{label}: cannot be tested, {both} prompts have both efforts and {MIN_PROMPTS} are needed.")
+            lines.append(
+                f"{label}: cannot be tested, {count_of(both, 'prompt has', 'prompts have')} both efforts "
+                f"and {MIN_PROMPTS} are needed."
+            )
             continue
         changed = "accuracy changes by" if c["gain_different"] else "no change of accuracy shown:"
         changed = changed if np.isfinite(c["gain_p"]) else "too few graded prompts for a test:"

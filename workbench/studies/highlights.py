@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
+from workbench.counting import count_of
 from workbench.studies.wording import wording
 
 Results = Mapping[str, Mapping[str, xr.Dataset]]
@@ -97,7 +98,9 @@ def _untested_controls(ds: xr.Dataset) -> Iterator[str]:
         one = ds.sel(control=control)
         if not np.isfinite(one["low"].values).any():
             label = "within prompts" if control == "none" else f"at equal {control}"
-            yield f"{label}: {int(one['prompts'])} prompts have both sides, which are too few"
+            yield (
+                f"{label}: {count_of(int(one['prompts']), 'prompt has', 'prompts have')} both sides, which are too few"
+            )
 
 
 def is_comparison(ds: xr.Dataset) -> bool:
@@ -146,7 +149,7 @@ def _sentence(ds: xr.Dataset, cell: Mapping[str, int], one: xr.Dataset, matched:
     levels = words.sides(float(one["mean_a"]), float(one["mean_b"]), ds.attrs["a"], ds.attrs["b"])
     where = ", ".join(f"{axis} {number}" for axis, number in cell.items())
     text = f"{where}: {levels}" if where else levels
-    text += f"; difference {_effect(ds, one)} within {int(one['prompts'])} prompts"
+    text += f"; difference {_effect(ds, one)} within {count_of(int(one['prompts']), 'prompt')}"
     if matched is None:
         control = ""
     elif np.isfinite(float(matched["low"])):

@@ -21,6 +21,7 @@ import numpy as np
 import scipy.stats
 from jaxtyping import Bool, Float, Num
 
+from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.studies.resampling import LEVEL, bootstrap_weights
 from workbench.studies.statistics import Array
@@ -196,8 +197,11 @@ def few_prompts(n: int) -> str:
     if n >= ENOUGH_PROMPTS:
         return ""
     if n < MIN_PROMPTS:
-        return f"only {n} prompts: an interval needs at least {MIN_PROMPTS}"
-    return f"only {n} prompts: intervals of fewer than {ENOUGH_PROMPTS} depend on the shape of the distribution"
+        return f"only {count_of(n, 'prompt')}: an interval needs at least {MIN_PROMPTS}"
+    return (
+        f"only {count_of(n, 'prompt')}: intervals of fewer than {ENOUGH_PROMPTS} depend on the shape of "
+        f"the distribution"
+    )
 
 
 def check_prompts(n: int) -> None:
@@ -207,7 +211,10 @@ def check_prompts(n: int) -> None:
         InputError: there are fewer than MIN_PROMPTS prompts.
     """
     if n < MIN_PROMPTS:
-        raise InputError(f"{n} prompts have a value, and an interval needs at least {MIN_PROMPTS}: add prompts")
+        raise InputError(
+            f"{count_of(n, 'prompt has', 'prompts have')} a value, and an interval needs at least "
+            f"{MIN_PROMPTS}: add prompts"
+        )
     if text := few_prompts(n):
         warnings.warn(text, FewPromptsWarning, stacklevel=3)
 

@@ -19,6 +19,7 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float
 
+from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.registry import Study
 from workbench.runs import Run
@@ -121,7 +122,7 @@ def study(
     parameters = {"label": shown, "hook": hook, "where": str(where), "pool": pool, "max_tokens": max_tokens}
     unit, n_prompts = "tokens" if pool == "token" else "sequences", int(table["prompt"].nunique())
     attrs = provenance(STUDY.name, f"Probes of {shown}", run.digest, seed, parameters) | {
-        "rests_on": f"{len(table):,} {unit} of {n_prompts} prompts",
+        "rests_on": f"{len(table):,} {unit} of {count_of(n_prompts, 'prompt')}",
         "prompts": n_prompts,
         "method": METHOD,
         "not_controlled": NOT_CONTROLLED,
@@ -173,7 +174,10 @@ def read(
     if (n := table["label"].nunique()) < 2:
         raise InputError(f"the tokens have {n} label: a probe needs two, see run.sequences")
     if (n := table["prompt"].nunique()) < max(FOLDS, MIN_PROMPTS):
-        raise InputError(f"{n} prompts have these labels: a probe needs {max(FOLDS, MIN_PROMPTS)} to hold some out")
+        raise InputError(
+            f"{count_of(n, 'prompt has', 'prompts have')} these labels: a probe needs "
+            f"{max(FOLDS, MIN_PROMPTS)} to hold some out"
+        )
     return x, table
 
 

@@ -20,6 +20,7 @@ import pandas as pd
 import scipy.sparse
 from jaxtyping import Bool, Float, Int, Num
 
+from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
 from workbench.studies.intervals import MIN_PROMPTS
@@ -217,7 +218,7 @@ def check_prompts(plan: Plan, matching: Matching) -> None:
     """
     n_a, n_b = int(matching.in_a.sum()), int(matching.in_b.sum())
     if min(n_a, n_b) < MIN_PROMPTS:
-        counted = f"{n_a} prompts with both" if plan.paired else f"{n_a} and {n_b} prompts"
+        counted = f"{count_of(n_a, 'prompt')} with both" if plan.paired else f"{n_a} and {count_of(n_b, 'prompt')}"
         raise InputError(
             f"{plan.label(0)} cannot be compared with {plan.label(1)}: {counted}, and at least {MIN_PROMPTS} are needed"
         )

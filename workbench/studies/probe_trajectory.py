@@ -18,6 +18,7 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float, Int
 
+from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
@@ -126,9 +127,9 @@ def study(
     parameters = {"label": shown, "hook": hook, "channel": channel, "points": points, "max_sequences": max_sequences}
     n_prompts, rarest = int(table["prompt"].nunique()), table["label"].value_counts()
     attrs = provenance(STUDY.name, f"Probes of {shown} along {channel}", run.digest, seed, parameters) | {
-        "rests_on": f"{len(table):,} sequences of {n_prompts} prompts, {len(names)} labels",
+        "rests_on": f"{count_of(len(table), 'sequence')} of {count_of(n_prompts, 'prompt')}, {len(names)} labels",
         "prompts": n_prompts,
-        "rarest_label": f"{rarest.index[-1]}: {rarest.iloc[-1]} sequences",
+        "rarest_label": f"{rarest.index[-1]}: {count_of(rarest.iloc[-1], 'sequence')}",
         "left_out": ", ".join(f"{name} ({n})" for name, n in read[0].rare.items()),
         "few": int(rarest.iloc[-1] < _FEW),
         "method": METHOD,
@@ -202,8 +203,10 @@ def _read(run: Run, about: Any, index: int, label: Any, channel: str, points: in
     labels, prompts = {row["label"] for *_, row in parts}, {row["prompt"] for *_, row in parts}
     if len(labels) < 2 or len(prompts) < max(FOLDS, MIN_PROMPTS):
         raise InputError(
-            f"{len(parts)} sequences with at least {points} tokens in {channel} have {len(labels)} labels and "
-            f"{len(prompts)} prompts: a probe needs two labels and {max(FOLDS, MIN_PROMPTS)} prompts"
+            f"{count_of(len(parts), 'sequence')} with at least {points} tokens in {channel} have "
+            f"{len(labels)} labels and "
+            f"{count_of(len(prompts), 'prompt')}: a probe needs two labels and "
+            f"{max(FOLDS, MIN_PROMPTS)} prompts"
         )
     return _Points(parts, rare)
 

@@ -20,6 +20,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
+from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.registry import Study
 from workbench.studies.difference_tests import paired_test, weighted_mean
@@ -228,9 +229,9 @@ def _summary(result: xr.Dataset) -> str:
 
 def _describe_control(cell: xr.Dataset, label: str) -> list[str]:
     n = int(cell["prompts"])
-    counts = f"{n} prompts, {int(cell['tokens_a']):,} and {int(cell['tokens_b']):,} tokens"
+    counts = f"{count_of(n, 'prompt')}, {int(cell['tokens_a']):,} and {int(cell['tokens_b']):,} tokens"
     if left_out := int(cell["tokens_excluded"]):
-        counts += f"; excluded, as not paired: {int(cell['prompts_excluded'])} prompts, {left_out:,} tokens"
+        counts += f"; excluded, as not paired: {count_of(int(cell['prompts_excluded']), 'prompt')}, {left_out:,} tokens"
     if not np.isfinite(cell["p"]).any():
         return [f"{label} ({counts}): cannot be tested, at least {MIN_PROMPTS} prompts are needed."]
     different, size = cell["different"].values, np.abs(cell["difference"].values)

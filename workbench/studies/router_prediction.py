@@ -14,6 +14,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float, Int
 
+from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.registry import Study
 from workbench.runs import Run
@@ -79,7 +80,7 @@ def study(run: Run, *, hook: str = "", max_tokens: int = 4000, seed: int = 0) ->
     ids, sequence, experts = (np.concatenate([p[i] for p in parts], axis=1 if i == 2 else 0) for i in range(3))
     prompt = np.unique(index_of(run).prompts[0][sequence], return_inverse=True)[1]
     if (n := int(prompt.max()) + 1) < max(FOLDS, MIN_PROMPTS):
-        raise InputError(f"{n} prompts: at least {max(FOLDS, MIN_PROMPTS)} are needed to hold some out")
+        raise InputError(f"{count_of(n, 'prompt')}: at least {max(FOLDS, MIN_PROMPTS)} are needed to hold some out")
     rng = np.random.default_rng(seed)
     sampled = np.sort(rng.permutation(len(ids))[:max_tokens])
     before = previous_ids(ids, sequence)[sampled]
@@ -189,7 +190,7 @@ def _result(
     variables["q"] = (cells, np.asarray(beyond["q"]))
     attrs = provenance(STUDY.name, "Prediction of routing", run.digest, seed, {"hook": hook, "max_tokens": max_tokens})
     attrs |= {
-        "rests_on": f"{n_tokens:,} tokens of {recall.shape[2]} prompts",
+        "rests_on": f"{n_tokens:,} tokens of {count_of(recall.shape[2], 'prompt')}",
         "prompts": recall.shape[2],
         "method": METHOD,
         "not_controlled": NOT_CONTROLLED,

@@ -14,6 +14,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float, Int, Num
 
+from workbench.counting import count_of
 from workbench.registry import Study
 from workbench.studies import statistics
 from workbench.studies.comparison import (
@@ -289,7 +290,7 @@ def _words(result: xr.Dataset) -> str:
             f"{name}: {np.nanmean(effective):.1f} effective experts of {_range_of_experts(cell)} on average over "
             f"layers (from {np.nanmin(effective):.1f} to {np.nanmax(effective):.1f}); "
             f"{np.nansum(cell['never_selected']):.0f} of {int(cell['share'].count())} never selected; "
-            f"{int(cell['tokens']):,} tokens of {int(cell['prompts'])} prompts."
+            f"{int(cell['tokens']):,} tokens of {count_of(int(cell['prompts']), 'prompt')}."
         )
     return "\n".join([*lines, *([f"No tokens: {'; '.join(empty)}."] if empty else [])])
 

@@ -13,6 +13,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Bool, Num
 
+from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
@@ -230,7 +231,7 @@ def _words(result: xr.Dataset, what: str) -> str:
                 f"choices, least in layer {worst} ({float(cell['agreement'][worst]):.1%})."
             )
     clean = int((result["first_position"] < 0).sum())
-    lines.append(f"{clean} of {result.sizes['sequence']} sequences agree at every token and layer.")
+    lines.append(f"{clean} of {count_of(result.sizes['sequence'], 'sequence')} agree at every token and layer.")
     if int(result["choices"].sum()):
         small, large = (result["agreement_margin"].dropna("margin").values[i] for i in (0, -1))
         lines.append(f"Agreement is {small:.1%} at the smallest margins of the router and {large:.1%} at the largest.")

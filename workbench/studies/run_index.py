@@ -18,6 +18,7 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Bool, Int
 
+from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS, ROLES
 from workbench.progress import progress
@@ -223,7 +224,10 @@ def duplicates_warning(merged: int) -> str:
     """Return the warning that prompts repeat others; empty if none does."""
     if not merged:
         return ""
-    return f"Warning: {merged} prompts repeat the tokens of others under another id; they count as one prompt."
+    return (
+        f"Warning: {count_of(merged, 'prompt repeats', 'prompts repeat')} the tokens of others under "
+        f"another id; they count as one prompt."
+    )
 
 
 def ambiguous_warning(n: int) -> str:

@@ -14,6 +14,7 @@ import scipy.sparse
 import xarray as xr
 from jaxtyping import Float
 
+from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.registry import Study
 from workbench.studies.difference_tests import paired_test
@@ -156,7 +157,7 @@ def _summary(result: xr.Dataset) -> str:
     for i, control in enumerate(map(str, result["control"].values)):
         cell = result.sel(control=control)
         n, different = int(cell["prompts"]), cell["different"].values
-        counts = f"{n} prompts, {int(cell['tokens_a']):,} and {int(cell['tokens_b']):,} tokens"
+        counts = f"{count_of(n, 'prompt')}, {int(cell['tokens_a']):,} and {int(cell['tokens_b']):,} tokens"
         if not np.isfinite(cell["p"]).any():
             lines.append(f"{_LABELS[control]} ({counts}): cannot be tested, at least {MIN_PROMPTS} prompts are needed.")
             continue

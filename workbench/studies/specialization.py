@@ -13,6 +13,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float, Num
 
+from workbench.counting import count_of
 from workbench.studies.comparison import Run, in_order, labels, places, sum_by
 from workbench.studies.intervals import MIN_PROMPTS
 from workbench.studies.layer_experts import layer_experts, mask_absent
@@ -200,9 +201,9 @@ def special(run: Run, axis: str, *, n_permutations: int = N_PERMUTATIONS, seed: 
         f", most in layer {layer}: {float(result['nmi'][layer]):.1%} of the label's entropy." if known.any() else "."
     )
     if not tested:
-        has = "" if axis == "task" else f" have tokens of two {axis}s"
+        having = "" if axis == "task" else f" with tokens of two {axis}s"
         needed = f"at least {MIN_PROMPTS} are needed"
-        summary = f"Information on the {axis} cannot be tested: {exchanged} prompts{has}, and {needed}."
+        summary = f"Information on the {axis} cannot be tested: {count_of(exchanged, 'prompt')}{having}, and {needed}."
     result.attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "summary": summary}
     return result
 

@@ -37,6 +37,23 @@ def test_the_effort_is_never_guessed() -> None:
     assert transcript_row(Conversation(MESSAGES, "a"), "high")["effort"] == "high"
 
 
+def calling(*answered: str) -> list[dict[str, Any]]:
+    """Two calls, a and b, and results that name the calls which they answer."""
+    calls = [{"id": id, "type": "function", "function": {"name": f"f_{id}", "arguments": "{}"}} for id in "ab"]
+    results = [{"role": "tool", "tool_call_id": id, "content": id} for id in answered]
+    return [MESSAGES[0], {"role": "assistant", "tool_calls": calls}, *results, MESSAGES[1]]
+
+
+def test_a_result_belongs_to_the_call_that_it_names() -> None:
+    names = [m["name"] for m in row(messages=calling("b", "a"))["messages"] if m["role"] == "tool"]
+    assert names == ["functions.f_b", "functions.f_a"]
+    with pytest.raises(InputError, match="answers the call 'c', which no message before it makes"):
+        row(messages=calling("c", "a"))
+    # a negative control: one call without an answer is the only one that is meant
+    names = [m["name"] for m in row(messages=calling("b", "c"))["messages"] if m["role"] == "tool"]
+    assert names == ["functions.f_b", "functions.f_a"]
+
+
 def test_a_conversation_without_a_response_is_refused() -> None:
     with pytest.raises(InputError, match="it has no message of an assistant"):
         row(messages=MESSAGES[:1])

@@ -11,7 +11,7 @@ from workbench.harmony.preamble import prompt_options
 from workbench.harmony.tool_definitions import read_tools
 from workbench.harmony.transcripts import notes_on
 
-CUT = ("length", "max_tokens", "model_length", "max_output_tokens", "incomplete")
+CUT = ("length", "max_tokens", "model_length", "max_output_tokens", "incomplete", "content_filter")
 
 
 @dataclass

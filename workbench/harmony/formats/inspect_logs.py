@@ -24,7 +24,7 @@ _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, _ZSTD)  # LZMA takes gigab
 _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, RuntimeError, OSError, pa.ArrowException)
 # what a value of another type or a missing field in a sample raises
 _MALFORMED = (LookupError, TypeError, ValueError, AttributeError)
-_CUT = ("max_tokens", "model_length", "length")
+_CUT = ("max_tokens", "model_length", "length", "content_filter")
 
 
 def is_zip(path: Path) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from workbench.counting import count_of
 from workbench.errors import InputError, JobError
 from workbench.harmony.flags import counted, flags_of_row, sequence_flags
 from workbench.harmony.hosts import answers, routing
@@ -117,12 +118,13 @@ def _collect(host: Host, left: list[Job], rows: RowOutput, settings: Settings, i
         print(f"{job.id}: {why}", file=sys.stderr)
     if missing := reasoning.get("absent", 0) + reasoning.get("summary", 0):
         print(
-            f"{missing} of {sum(reasoning.values())} answers came without the model's own reasoning (their meta states "
+            f"{missing} of {count_of(sum(reasoning.values()), 'answer')} came without the model's own "
+            f"reasoning (their meta states "
             "absent or summary): analysis cannot be studied in them",
             file=sys.stderr,
         )
     if summary := counted(flags):
-        print(f"{rows.path}: {len(flags):,} answers, {summary}", file=sys.stderr)
+        print(f"{rows.path}: {count_of(len(flags), 'answer')}, {summary}", file=sys.stderr)
     interrupt.check()
     if failed:
         raise JobError(
