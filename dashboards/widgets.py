@@ -128,22 +128,24 @@ def _plain_table(rows: pd.DataFrame, links: Mapping[str, Sequence[str]]) -> pn.p
 
 
 def _widest(values: pd.Series) -> int:
-    """Return the number of characters of the longest text of a column, without markup."""
-    return int(values.astype(str).str.replace(r"<[^>]*>", "", regex=True).str.len().max()) if len(values) else 0
+    """Return the number of characters of the longest text of a column."""
+    return int(values.astype(str).str.len().max()) if len(values) else 0
 
 
 def _long_table(rows: pd.DataFrame, links: Mapping[str, Sequence[str]]) -> pn.widgets.Tabulator:
     """Return a table that is sorted, filtered and paged in the browser; links: see `table`.
 
-    Addresses are in columns that are not shown, so that a column of links is sorted by what is read.
+    Addresses, and what is read of a link, are in columns that are not shown, so that a column of links is sorted by its
+    values: numbers as numbers.
     """
-    rows = rows.assign(**{column: rows[column].astype(str) for column in links})
     texts = [c for c in rows.columns if rows[c].dtype.kind not in "biuf"]
     shares = _shared_width(rows, texts)
-    hidden = {column: f"address {number}" for number, column in enumerate(links)}
+    hidden = {column: (f"address {number}", f"text {number}") for number, column in enumerate(links)}
+    extra = {hidden[column][0]: list(addresses) for column, addresses in links.items()}
+    extra |= {hidden[column][1]: rows[column].astype(str).to_list() for column in links}
     return pn.widgets.Tabulator(
-        rows.assign(**{hidden[column]: list(addresses) for column, addresses in links.items()}).reset_index(drop=True),
-        hidden_columns=list(hidden.values()),
+        rows.assign(**extra).reset_index(drop=True),
+        hidden_columns=list(extra),
         show_index=False,
         disabled=True,
         selectable=False,
@@ -153,8 +155,8 @@ def _long_table(rows: pd.DataFrame, links: Mapping[str, Sequence[str]]) -> pn.wi
         page_size=_PLAIN_ROWS,
         sizing_mode="stretch_width",
         formatters={column: {"type": "plaintext"} for column in texts}
-        | {column: {"type": "link", "urlField": field} for column, field in hidden.items()}
-        | {column: _decimals(rows[column]) for column in rows.columns if rows[column].dtype.kind == "f"},
+        | {column: _decimals(rows[column]) for column in rows.columns if rows[column].dtype.kind == "f"}
+        | {column: {"type": "link", "urlField": url, "labelField": text} for column, (url, text) in hidden.items()},
         configuration={"columnDefaults": {"minWidth": 60}},
         text_align={column: "right" for column in rows.columns if column not in texts},
         header_filters={column: {"type": "input", "placeholder": "filter"} for column in texts},
