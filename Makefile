@@ -13,9 +13,12 @@ SERVE ?= 1
 PORT ?= 5006
 
 # pip compiles one file after the other, for a minute or two. It is told not to, by a 0, and all cores compile what it
-# installed, except the packages' own tests.
+# installed. The packages' own tests and large packages of which few modules are imported are left out: Python compiles
+# these few itself when they are imported.
 INSTALL := PIP_NO_COMPILE=0 $(BIN)/python
-COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/tests/' .venv/lib || true
+COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/(tests|transformers/models|moto|openai|pip|mypy)/' .venv/lib || true
+
+COMPILE_LOOPS := from workbench.kernels.cpu import layer, products, tiles; products._loops(); products._unpacking(); layer._phases(); tiles.available() and tiles._loops()
 
 .PHONY: demo test check dashboard nano run findings paper docs
 
@@ -33,10 +36,11 @@ COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/tests/' .venv/lib || true
 	@$(COMPILE)
 	touch $@
 
-.venv/.dev: .venv/.user
+# All that users have, too: one call of pip resolves both, and builds the package once.
+.venv/.dev: pyproject.toml constraints.txt .venv/.torch-$(TORCH)
 	$(INSTALL) -m pip install -q -c constraints.txt -e ".[dev]"
 	@$(COMPILE)
-	touch $@
+	touch .venv/.user $@
 
 # $(call step,WHAT,COMMAND): say what is done, do it, say how long it took
 define step
@@ -101,8 +105,10 @@ test check: export PYTHONDONTWRITEBYTECODE :=
 test: .venv/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	@# types are checked beside the tests, as mypy uses one core only; a third process uses cores while others wait
-	$(BIN)/mypy & types=$$!; $(BIN)/python -m pytest -n 3 --dist worksteal; tests=$$?; wait $$types && exit $$tests
+	@# Beside the tests, which also wait, types are checked and the loops of kernels compiled: processes that need the same
+	@# loops at the same time would compile them several times. A third process uses cores while others wait.
+	$(BIN)/mypy & types=$$!; $(BIN)/python -c '$(COMPILE_LOOPS)' & $(BIN)/python -m pytest -n 3 --dist worksteal; \
+	  tests=$$?; wait $$types && exit $$tests
 
 check: .venv/.dev
 	$(BIN)/ruff format .

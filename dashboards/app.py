@@ -3,6 +3,7 @@
 Everything a page needs comes from this server. The frame of a page is in `layout`, its look in `theme`.
 """
 
+import logging
 import socket
 import sys
 import threading
@@ -13,14 +14,17 @@ from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
 import panel as pn
+from tornado.websocket import WebSocketClosedError
 
-from workbench.dashboards import widgets
+from workbench.dashboards import content, widgets
 from workbench.dashboards.access import answer_unknown, checked_origins, guard, login_options
 from workbench.dashboards.layout import PageTemplate, missing_page, page_template
 from workbench.dashboards.pages import absent_pages, made, page_titles
 from workbench.dashboards.session import Session
 from workbench.dashboards.state import RunRegistry, Selection
 from workbench.errors import InputError
+from workbench.figures import quick_look as draw
+from workbench.studies import quick_look
 
 # of `panel.serve`: how long a page waits for the connection of its browser, which first loads 5 MB over ssh, say
 SESSIONS: dict[str, Any] = {"unused_session_lifetime_milliseconds": 60_000}
@@ -154,6 +158,7 @@ def serve(
     origins = [*local_origins(address, port), *checked_origins(allow_origin)]
     registry = RunRegistry(runs, model=model, editable=address in _LOCAL)
     check_free(address, port)
+    expect_closed_connections()
     pn.extension("plotly", "tabulator", notifications=False, inline=True)  # nothing from another host
     threading.Thread(target=_warm, args=(registry,), daemon=True).start()
     print(f"http://{address}:{port}/  (Ctrl-C ends)", flush=True)
@@ -179,10 +184,34 @@ def serve(
         registry.jobs.close()
 
 
+class _ClosedConnections(logging.Filter):
+    """Drops the messages of Bokeh and Tornado that a browser left while something was sent to it, which is no fault."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return "connection was closed" not in record.getMessage() and not isinstance(error, WebSocketClosedError)
+
+
+def expect_closed_connections() -> None:
+    """Log nothing when a browser leaves while something is sent to it."""
+    for logger in map(logging.getLogger, ("bokeh.server.views.ws", "asyncio")):
+        if not any(isinstance(known, _ClosedConnections) for known in logger.filters):
+            logger.addFilter(_ClosedConnections())
+
+
 def _warm(registry: RunRegistry) -> None:
-    """What the first visitor would wait for."""
+    """Read what the first visitor would wait for: tables, sums, and the modules that draw figures."""
     for name in registry.names:
-        widgets.guarded(partial(registry.costs, name))
+        run = registry.run(name)
+        if run.status != "complete":  # it is opened again for each visitor
+            continue
+        widgets.guarded(registry.ask_costs(name) if not registry.is_large(name) else partial(quick_look.tokens, run))
+        widgets.guarded(partial(content.tokens_by_role, run))
+        if "routing" in run.recorded:
+            widgets.guarded(partial(registry.pairs, name))
+            widgets.guarded(lambda run=run: draw.heatmap(quick_look.routing(run), "relative"))
+        if {"sinks", "sink_sums"} & set(run.recorded):
+            widgets.guarded(partial(quick_look.sinks, run))
 
 
 def local_origins(address: str, port: int) -> list[str]:

@@ -16,7 +16,7 @@ import panel as pn
 import xarray as xr
 
 from workbench import harmony
-from workbench.dashboards import search, widgets
+from workbench.dashboards import content, search, widgets
 from workbench.dashboards.frame_view import view_input
 from workbench.dashboards.session import Page, Session, box
 from workbench.dashboards.theme import BORDER
@@ -58,7 +58,10 @@ def attention(session: Session) -> Page:
             session.put(sequence=str(pick.value), **({"token": ""} if before else {}))
         if layer.visible:
             session.put(layer=str(layer.value))
-        shown[:] = [widgets.guarded(lambda: _patterns(session, int(pick.value), str(layer.value)))]
+        number = int(pick.value)
+        link = session.link("transcript", sequence=str(number))
+        about = f"{content.about_sequence(session.run, number)}<a href='{html.escape(link)}'>Conversation</a>"
+        shown[:] = [widgets.html(about), widgets.guarded(lambda: _patterns(session, number, str(layer.value)))]
 
     show()
     for widget in (pick, layer):

@@ -1,19 +1,23 @@
 """The content of pages as pure functions of a run and of a study's datasets: tables and text, no widgets."""
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import xarray as xr
 
 from workbench.counting import count_of
+from workbench.errors import InputError
 from workbench.harmony.flags import counted_in
 from workbench.runs import Run
 from workbench.studies.comparison import in_order
 
-_QUIET = ("Skipped: ", "Warning: ")  # how lines of a summary begin that are less prominent
+_SKIPPED = "Skipped: "
+_QUIET = (_SKIPPED, "Warning: ")  # how lines of a summary begin that are less prominent
 
 
 def about(run: Run) -> str:
@@ -26,13 +30,13 @@ def about(run: Run) -> str:
         "Model": f"{run.checkpoint['name']}: {run.model['n_layers']} layers, {number_of_experts(run.model)} experts, "
         f"{run.model['experts_per_token']} per token",
         "Transcripts": f"{len(sequences):,} ({efforts}), {int(sequences['length'].sum()):,} tokens",
-        "Recorded": ", ".join(run.recorded).replace("_", " "),
+        "Recorded": ", ".join(run.recorded),
         "State": state,
     }
-    return _facts(parts)
+    return facts(parts)
 
 
-def _facts(parts: Mapping[str, str]) -> str:
+def facts(parts: Mapping[str, str]) -> str:
     """Return names and values as one line of HTML; all text is escaped."""
     items = "".join(f"<span><b>{escape(name)}</b> {escape(text)}</span>" for name, text in parts.items())
     return f"<div class='wb-facts'>{items}</div>"
@@ -77,15 +81,17 @@ def method(study: Mapping[str, xr.Dataset]) -> str:
 
 
 def findings(study: Mapping[str, xr.Dataset]) -> str:
-    """Return HTML with the summaries of a study: the first one in full, the others folded.
+    """Return HTML with the summaries of a study: the first one in full, the others folded to their first line.
 
     Models of the results and of activations, which need more explanation, come after what they explain.
     """
     parts = []
     for number, result in enumerate(sorted(study.values(), key=_explains)):
         opened = " open" if number == 0 else ""
-        body = _summary(str(result.attrs["summary"]))
-        parts.append(f"<details{opened}><summary><b>{escape(result.attrs['title'])}</b></summary>{body}</details>")
+        text = str(result.attrs["summary"])
+        first = next((line for line in text.splitlines() if line.strip() and not line.startswith(_QUIET)), "")
+        heading = f"<b>{escape(result.attrs['title'])}</b> <span class='wb-preview'>{_text(first)}</span>"
+        parts.append(f"<details{opened}><summary>{heading}</summary>{_summary(text)}</details>")
     return "".join(parts)
 
 
@@ -108,9 +114,28 @@ def _summary(text: str) -> str:
             items[-1][1].append(line)
         else:
             items.append((line, []))
-    shown = "".join(_item(line, f"<ul>{''.join(map(_item, below))}</ul>" if below else "") for line, below in items)
-    first = "".join(f"<p class='wb-lead'>{escape(line.strip())}</p>" for line in lead)
-    return first + (f"<ul class='wb-answers'>{shown}</ul>" if shown else "")
+    skipped = [line for line, _ in items if line.startswith(_SKIPPED)]
+    shown = "".join(
+        _item(line, f"<ul>{''.join(map(_item, below))}</ul>" if below else "")
+        for line, below in items
+        if line not in skipped
+    )
+    text = "".join(f"<p class='wb-first'>{_text(line)}</p>" for line in lead)
+    text += f"<ul class='wb-answers'>{shown}</ul>" if shown else ""
+    return text + not_tested([line.removeprefix(_SKIPPED) for line in skipped])
+
+
+def not_tested(lines: Sequence[str]) -> str:
+    """Return HTML that folds the comparisons that could not be tested, each with its reason; "" without any."""
+    if not lines:
+        return ""
+    items = "".join(f"<li>{_text(line[:1].upper() + line[1:])}</li>" for line in lines)
+    return f"<details><summary>Not tested ({len(lines)})</summary><ul class='wb-muted'>{items}</ul></details>"
+
+
+def _text(line: str) -> str:
+    """Return a line as HTML, with a space before each percent sign, as everywhere on the pages."""
+    return re.sub(r"(?<=[0-9])%", "\u202f%", escape(line.strip()))
 
 
 def _alike(lines: Sequence[str]) -> bool:
@@ -122,7 +147,7 @@ def _alike(lines: Sequence[str]) -> bool:
 def _item(line: str, below: str = "") -> str:
     """Return an element of a list; warnings and what was skipped are less prominent. below: HTML inside it."""
     quiet = " class='wb-muted'" if line.strip().startswith(_QUIET) else ""
-    return f"<li{quiet}>{escape(line.strip())}{below}</li>"
+    return f"<li{quiet}>{_text(line)}{below}</li>"
 
 
 def progress(run: Run) -> str:
@@ -163,7 +188,25 @@ def about_sequence(run: Run, number: int) -> str:
         "Answer": right,
         **({"Irregular": str(row["flags"]).replace("_", " ")} if row.get("flags") else {}),
     }
-    return _facts(parts)
+    return facts(parts)
+
+
+def graph_command(run: Run, number: int, model: str) -> str:
+    """Return the command that explains a token of an answer, or "" if the prompt is not one message of a user."""
+    row = run.sequences.loc[[number]].to_dict("records")[0]
+    try:
+        messages = run.conversation(number)
+    except InputError:
+        return ""
+    asked = [m for m in messages if m["role"] in ("user", "developer", "tool")]
+    if len(asked) != 1 or asked[0]["role"] != "user" or not row["effort"] or "://" in str(run.path):
+        return ""
+    name = re.sub(r"[^A-Za-z0-9]+", "-", str(row["id"])).strip("-")
+    out = Path(str(run.path)).with_name(f"{name}-graph.json")
+    prompt = str(asked[0]["text"])
+    return shlex.join(
+        ["workbench", "graph", model, "--prompt", prompt, "--effort", str(row["effort"]), "--out", str(out)]
+    )
 
 
 def partners(pairs: xr.Dataset, channel: str, layer: int, expert: int, most: int = 6) -> pd.DataFrame:

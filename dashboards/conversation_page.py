@@ -177,6 +177,13 @@ class _Conversations:
 
         link = self.session.link("attention", sequence=str(number))
         about = f"{content.about_sequence(self.session.run, number)}<a href='{escape(link)}'>Attention patterns</a>"
+        model = self.session.registry.model(self.session.name) or "MODEL"
+        if command := content.graph_command(self.session.run, number, model):
+            about += (
+                "<details><summary>Why this token?</summary><p>This command explains the first token of the final "
+                "answer by an attribution graph, which the page <i>Why this token</i> shows then; <code>--at N</code> "
+                f"explains token N of what was generated.</p><pre>{escape(command)}</pre></details>"
+            )
         self.shown[:] = [widgets.html(about), widgets.guarded(body)]
 
     def viewed(self, view: dict[str, str]) -> None:

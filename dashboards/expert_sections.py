@@ -1,8 +1,10 @@
 """Results of studies and experiments for one expert: load with intervals, examples, tokens and measured effects."""
 
+import json
 from collections.abc import Mapping
 from html import escape
 from typing import Any
+from urllib.parse import urlencode
 
 import numpy as np
 import pandas as pd
@@ -68,11 +70,19 @@ def examples(session: Session, chosen: Selectors) -> pn.Column:
         note = "All efforts and tasks. An example opens its conversation at the token."
         text = "".join(_list(session, ds, kind, chosen["channel"]) for kind in ("top", "random"))
         parts.append(widgets.card(title, widgets.html(text), note=note))
-        rows = tokens_table(ds)
-        if len(rows):
+        parts += forbid_link(session, ds, layer, expert)
+        rows, omitted = tokens_table(ds)
+        if len(rows) or omitted:
             name = f"{session.name}-layer-{layer}-expert-{expert}-tokens"
             note = "Tokens that this expert processes more often than other tokens; square brackets: 95 % intervals"
-            parts.append(widgets.table("Over-represented tokens", rows, name, note=note))
+            if omitted:
+                s = "" if omitted == 1 else "s"
+                note += f". Not shown: {omitted} token{s} whose interval includes zero or has no limits"
+            title = "Over-represented tokens"
+            none = widgets.html("<p class='wb-muted'>No interval excludes zero.</p>")
+            parts.append(
+                widgets.table(title, rows, name, note=note) if len(rows) else widgets.card(title, none, note=note)
+            )
         return parts
 
     return widgets.awaited(session.registry.study("expert-examples", session.name, exclude=session.exclude), show)
@@ -130,22 +140,23 @@ def label_editor(session: Session, examples: xr.Dataset, layer: int, expert: int
     rows = expert_labels.automatic(examples) if labels is None else labels
     own = rows[(rows["layer"] == layer) & (rows["expert"] == expert)]
     label = str(own["label"].iloc[0]) if len(own) else ""
-    text = f"<p><b>Label</b> {escape(label) or '–'}</p>"
+    text = ""
     if len(own) and label == own["proposed"].iloc[0] and np.isfinite(own["score"].iloc[0]):
         score, low, high = (100 * float(own[name].iloc[0]) for name in ("score", "score_low", "score_high"))
         text += f"<p class='wb-muted'>Proposed by {escape(str(own['proposed_by'].iloc[0]))}; "
         text += f"held-out detection {score:.0f} % [{low:.0f}, {high:.0f}]</p>"
-    shown = widgets.html(text)
     if not session.registry.editable or "://" in str(run.path):
-        return pn.Column(shown)
-    field = pn.widgets.TextInput(label="Label of this expert", value=label, width=420, max_length=MAX_LABEL)
+        return pn.Column(widgets.html(f"<p><b>Label</b> {escape(label) or '–'}</p>{text}"))
+    title = "Label of this expert" if labels is not None else "Label of this expert (automatic, until you save one)"
+    field = pn.widgets.TextInput(
+        label=title, value=label, max_length=MAX_LABEL, sizing_mode="stretch_width", max_width=760
+    )
     save = pn.widgets.Button(label="Save label", width=110, margin=(22, 5, 5, 5))
     message = widgets.html("")
 
     def store(*_: Any) -> None:
         clean = expert_labels.cleaned(str(field.value_input or field.value))
         path = session.registry.put_label(session.name, examples, layer, expert, clean)
-        shown.object = f"<p><b>Label</b> {escape(clean) or '–'}</p>"
         message.object = f"<p role='status' class='wb-muted'>Saved in {escape(path.name)}.</p>"
 
     def guarded(*_: Any) -> None:
@@ -154,7 +165,8 @@ def label_editor(session: Session, examples: xr.Dataset, layer: int, expert: int
             message.object = "<p role='status'>The label was not saved: the run's folder is not writable.</p>"
 
     save.on_click(guarded)
-    return pn.Column(shown, pn.Row(field, save), message, sizing_mode="stretch_width")
+    row = pn.Row(field, save, sizing_mode="stretch_width")
+    return pn.Column(*([widgets.html(text)] if text else []), row, message, sizing_mode="stretch_width")
 
 
 def logit_effects(session: Session, layer: int, expert: int) -> list[Any]:
@@ -169,6 +181,32 @@ def logit_effects(session: Session, layer: int, expert: int) -> list[Any]:
     note = "Mean over the expert's tokens of what its output adds to each logit directly"
     name = f"{session.name}-{layer}-{expert}-logits"
     return [widgets.table("Direct effects on logits", effects_table(cell), name, note=note)]
+
+
+def forbid_link(session: Session, ds: xr.Dataset, layer: int, expert: int) -> list[Any]:
+    """Return a link to the page Live that asks the question of the strongest example with the expert forbidden.
+
+    It is empty if the dashboard has no model, or the expert no example.
+    """
+    rows = example_rows(ds, "top", ALL)
+    model = session.registry.served_model
+    if not rows or not model:
+        return []
+    number = int(rows[0]["sequence"])
+    row = session.run.sequences.loc[number]
+    try:
+        asked = [m["text"] for m in session.run.conversation(number) if m["role"] == "user"]
+    except InputError:
+        return []
+    if not asked:
+        return []
+    recipe: dict[str, Any] = {"recipe": 1, "user": asked[-1], "model": model}
+    recipe |= {"effort": str(row["effort"])} if row["effort"] else {}
+    recipe["interventions"] = [{"kind": "forbid", "cells": [[layer, expert]]}]
+    values = {"theme": "dark"} if session.theme == "dark" else {}
+    query = urlencode(values | {"recipe": json.dumps(recipe, ensure_ascii=False)})
+    text = f"<a href='{escape(session.address('live', query))}'>Forbid this expert on the page Live</a>"
+    return [widgets.html(f"<p>{text} <span class='wb-muted'>with the question of its strongest example</span></p>")]
 
 
 def _list(session: Session, ds: xr.Dataset, kind: str, channel: str) -> str:
@@ -201,13 +239,19 @@ def example_rows(ds: xr.Dataset, kind: str, channel: str) -> list[dict[str, Any]
     return sorted(rows, key=lambda row: -row["gate"])
 
 
-def tokens_table(ds: xr.Dataset) -> pd.DataFrame:
-    """Return the over-represented tokens of one expert with their log-odds and intervals."""
-    rows = []
-    for i in range(ds.sizes["token_rank"]):
+def tokens_table(ds: xr.Dataset) -> tuple[pd.DataFrame, int]:
+    """Return the over-represented tokens of one expert with log-odds and intervals, and how many were left out.
+
+    Those whose interval includes zero are left out. The largest lower limit comes first.
+    """
+    rows, omitted = [], 0
+    for i in np.argsort(-ds["token_log_odds_low"].values, kind="stable"):
         if int(ds["token_id"].values[i]) < 0:
             continue
         odds, low, high = (float(ds[f"token_log_odds{end}"].values[i]) for end in ("", "_low", "_high"))
+        if not low > 0:  # NaN: too few prompts for an interval
+            omitted += 1
+            continue
         rows.append(
             {
                 "token": str(ds["token_text"].values[i]),
@@ -216,12 +260,13 @@ def tokens_table(ds: xr.Dataset) -> pd.DataFrame:
                 "prompts": int(ds["token_prompts"].values[i]),
             }
         )
-    return pd.DataFrame(rows)
+    columns = ["token", "log-odds (nat)", "occurrences", "prompts"]
+    return pd.DataFrame(rows, columns=columns), omitted
 
 
 def measured_effects(session: Session, layer: int, expert: int) -> list[Any]:
     """Return a table of what experiments that are stored beside the run measured of an expert; none without."""
-    rows = []
+    rows, links = [], []
     for name, sets in session.registry.stored(session.name).experiments.items():
         for ds in sets.values():
             if (
@@ -236,8 +281,8 @@ def measured_effects(session: Session, layer: int, expert: int) -> list[Any]:
                     continue  # the experiment measured nothing of this expert
                 effect = f"{change:+.3f} [{low:+.3f}, {high:+.3f}] {ds.attrs.get('units', '')}"
                 rows.append({"experiment": registry.find(name).title, "effect [95 % interval]": effect})
+                links.append(session.link("causal", experiment=name))
     if not rows:
         return []
-    links = [session.link("causal")] * len(rows)
     name = f"{session.name}-{layer}-{expert}-effects"
     return [widgets.table("Measured effects", pd.DataFrame(rows), name, {"experiment": links})]

@@ -82,7 +82,15 @@ def _section(session: Session, name: str, index: int) -> pn.Column:
     parts: list[Any] = []
     chosen = session.choice.get("feature", [str(feature) for feature in table["feature"]])
     if chosen:
-        parts += [widgets.html(f"<h2>Feature {escape(chosen)}</h2>"), _examples(session, name, index, int(chosen))]
+        row = table[table["feature"] == int(chosen)].iloc[0]
+        layer = layers_of(session.run, name)[index]
+        about = {"Autoencoder": f"{name}, layer {layer}", "Largest value": f"{row['largest value']:.2f}"}
+        shares = {c.removesuffix(" (%)"): f"{row[c]:.2f} %" for c in table.columns if c.endswith("(%)")}
+        about["Tokens above zero"] = ", ".join(f"{label} {share}" for label, share in shares.items())
+        parts += [
+            widgets.html(f"<h2>Feature {escape(chosen)}</h2>{content.facts(about)}"),
+            _examples(session, name, index, int(chosen)),
+        ]
     rows = table.head(MOST_ROWS)
     links = [session.link("features", feature=str(feature)) for feature in rows["feature"]]
     note = (

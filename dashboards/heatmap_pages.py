@@ -102,10 +102,10 @@ def experts(session: Session) -> Page:
         return widgets.folded("Co-activation and transitions", lambda: _pairs(session, chosen), note=note)
 
     measures: dict[str, draw.Measure] = {
-        "load relative to uniform (log₂)": "relative",
-        "load": "load",
+        "relative to uniform (log₂)": "relative",
+        "relative to uniform": "load",
         "gate weight": "gates",
-        "load relative to the whole run": "lift",
+        "relative to the whole run": "lift",
     }
     return _cells(session, Cells("routing", "expert", measures, quick_look.routing, _expert, "load"), folded)
 
@@ -203,7 +203,8 @@ def _head(session: Session, chosen: Selectors) -> pn.Column:
     def tokens() -> Any:
         rows = search.head_tokens(run, layer, head, lambda i: search.shown(i, words), within=within)
         title = "Tokens with high sink attention"
-        note = f"Over-represented among the 10 % of tokens with the highest sink attention: {chosen.description}"
+        note = "Over-represented among the 10 % of tokens with the highest sink attention; pooled, not tested: "
+        note += chosen.description
         if rows.empty:
             return widgets.card(title, widgets.html("<p class='wb-muted'>No token is over-represented.</p>"), note=note)
         return _examples(session, title, note, rows, f"{label}-tokens", "sink")

@@ -55,7 +55,11 @@ def overview(session: Session) -> Page:
         [],
         [
             head,
-            widgets.card("Largest verified differences", _differences(session)),
+            widgets.card(
+                "Largest verified differences",
+                _differences(session),
+                note="Relative to the mean of the quantity in the layer",
+            ),
             widgets.card("Problems", widgets.html(problems(run))),
             widgets.beside(widgets.later(lambda: _curve(session)), widgets.guarded(accuracy)),
             widgets.beside(widgets.guarded(tokens), widgets.later(roles)),
@@ -79,7 +83,7 @@ def sentence(run: Run) -> str:
     experts = content.number_of_experts(model)
     size = f"{model['n_layers']} layers, {experts} experts, {model['experts_per_token']} per token"
     at = f" at {', '.join(efforts)} effort" if efforts else ""
-    quantities = ", ".join(run.recorded).replace("_", " ")
+    quantities = ", ".join(run.recorded)
     return (
         f"{count_of(len(table), 'conversation')} of {count_of(prompts, 'prompt')}{at}, recorded with "
         f"{run.checkpoint['name']} ({size}): "
@@ -123,12 +127,26 @@ def problems(run: Run) -> str:
     flags = pd.Series([flag for text in table.get("flags", ()) for flag in str(text).split()], dtype=str)
     for flag, count in flags.value_counts().items():
         description = SEQUENCE_FLAGS.get(str(flag), str(flag))
-        lines.append((f"{count_of(count, 'conversation')}: {description}. Exclude them in the sidebar.", "warning"))
+        lines.append(
+            (
+                f"{count:,} of {count_of(len(table), 'conversation')}: "
+                f"{description}{_by_effort(table, str(flag))}. They can be excluded in the sidebar.",
+                "warning",
+            )
+        )
     if run.exclusion:
         lines.append((f"Excluded: {run.exclusion}", "warning"))
     if not lines:
         return theme.note("No irregular, truncated or ungraded conversations; all units are complete.", "good")
     return "".join(theme.note(text, kind) for text, kind in lines)
+
+
+def _by_effort(table: pd.DataFrame, flag: str) -> str:
+    """Return how many conversations of each effort have a flag, as " (low 200, high 20)"; "" without efforts."""
+    own = table[[flag in str(text).split() for text in table["flags"]]]
+    counts = own["effort"].value_counts()
+    efforts = in_order([effort for effort in counts.index if effort])
+    return f" ({', '.join(f'{effort} {counts[effort]:,}' for effort in efforts)})" if efforts else ""
 
 
 def _differences(session: Session) -> pn.Column:
@@ -175,18 +193,21 @@ def answers(session: Session, results: Mapping[str, Mapping[str, xr.Dataset]], m
     ]
     for highlight in highlights(results, most):
         address, title = _shows(session, results, highlight)
-        items.append(f"<li>{escape(highlight.sentence)} <a href='{escape(address)}'>{escape(title)}</a></li>")
+        link = f"<a href='{escape(address)}'>{escape(title)}</a>"
+        rest = highlight.sentence.removeprefix(title)
+        text = link + escape(rest) if rest != highlight.sentence else f"{escape(highlight.sentence)} {link}"
+        items.append(f"<li>{text}</li>")
     if not items:
         return theme.note("No difference was verified: every interval includes zero, or nothing could be paired.")
     text = f"<ul class='wb-answers'>{''.join(items)}</ul>"
     text += (
-        "<p class='wb-muted'>Paired within prompts; square brackets: 95 % intervals. A difference is verified if it "
+        "<p class='wb-muted'>The strongest difference of each comparison, ordered by the limit of its interval that is "
+        "nearest to zero, divided by the mean of the quantity in the layer: few points are a strong difference where "
+        "the quantity is small. Being chosen for their size, differences are probably larger here than in new data. "
+        "Paired within prompts; square brackets: 95 % intervals. A difference is verified if it also holds at equal "
+        "position, where that could be tested.</p>"
     )
-    text += "also holds at equal position, where that could be tested.</p>"
-    if skipped := untested(results):
-        lines = "".join(f"<li>{escape(line)}</li>" for line in skipped)
-        text += f"<details><summary>Not tested ({len(skipped)})</summary><ul>{lines}</ul></details>"
-    return text
+    return text + content.not_tested(untested(results))
 
 
 def _shows(session: Session, results: Mapping[str, Mapping[str, xr.Dataset]], highlight: Highlight) -> tuple[str, str]:
@@ -201,8 +222,11 @@ def _shows(session: Session, results: Mapping[str, Mapping[str, xr.Dataset]], hi
 
 
 def _curve(session: Session) -> Any:
-    costs = session.registry.costs(session.name, session.exclude)
-    if not costs:
+    if len(session.registry.efforts(session.name, session.exclude)) < 2:
         return widgets.html("")
-    drawn = draw_effort.accuracy_by_tokens(costs["cost"], theme=session.theme)
-    return widgets.figure(drawn, f"{session.name}-accuracy_by_tokens")
+
+    def show(costs: Mapping[str, xr.Dataset]) -> list[Any]:
+        drawn = draw_effort.accuracy_by_tokens(costs["cost"], theme=session.theme)
+        return [widgets.figure(drawn, f"{session.name}-accuracy_by_tokens")]
+
+    return widgets.awaited(session.registry.ask_costs(session.name, session.exclude), show)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from html import escape
 from typing import Any
 
+import numpy as np
 import panel as pn
 import xarray as xr
 
@@ -43,9 +44,15 @@ def channels(session: Session) -> Page:
 
         def body(kind: Callable[..., xr.Dataset], measure: draw.Measure) -> Any:
             of_channels = {channel: kind(run, channel=channel, **cell) for channel in ("analysis", "final")}
+            # one colour scale for both; loads have the same in any case
+            top = 100 * max(float(np.nanmax(ds[measure].values, initial=0.001)) for ds in of_channels.values())
             return widgets.beside(
                 *(
-                    widgets.figure(draw.heatmap(ds, measure, theme=session.theme), f"{name}-{channel}-{measure}")
+                    widgets.figure(
+                        draw.heatmap(ds, measure, top=top, theme=session.theme),
+                        f"{name}-{channel}-{measure}",
+                        lambda ds=ds: ds.to_dataframe().reset_index(),  # type: ignore[misc]
+                    )
                     for channel, ds in of_channels.items()
                 )
             )
@@ -75,8 +82,7 @@ def effort(session: Session) -> Page:
         InputError: the run has one effort only.
     """
     run, name = session.run, session.name
-    costs = session.registry.costs(name, session.exclude)
-    if not costs:
+    if len(session.registry.efforts(name, session.exclude)) < 2:
         raise InputError(
             f"{name} has only one effort, and this page compares at least two: capture transcripts of several efforts"
         )
@@ -84,21 +90,20 @@ def effort(session: Session) -> Page:
     curve = box()
 
     def show() -> None:
-        def body() -> Any:
+        def body(costs: Mapping[str, xr.Dataset]) -> list[Any]:
             cost, task = costs["cost"], chosen["task"]
             drawn = draw_effort.accuracy_by_tokens(cost, task, theme=session.theme)
             rows = cost.sel(task=task).to_dataframe().reset_index()
-            return pn.Column(
+            return [
                 widgets.figure(drawn, f"{name}-accuracy_by_tokens-{task}", lambda: rows),
                 widgets.card(
                     "Gain by effort step",
                     widgets.html(content.gains(costs["gain"], task)),
                     note="Differences paired by prompt; square brackets: 95 % intervals",
                 ),
-                sizing_mode="stretch_width",
-            )
+            ]
 
-        curve[:] = [widgets.guarded(body)]
+        curve[:] = [widgets.awaited(session.registry.ask_costs(name, session.exclude), body)]
 
     chosen.watch(show, "task")
     return Page(
@@ -116,7 +121,7 @@ def compare(session: Session) -> Page:
         return Page([], [widgets.alert(text, "info")])
     chosen = Selectors(session, "channel", "effort", "task")
     pick = widgets.select("With", others, session.choice.get("with", others))
-    shown, tested = box(), box()
+    about, shown, tested = box(), box(), box()
 
     def show() -> None:
         other = str(pick.value)
@@ -126,15 +131,21 @@ def compare(session: Session) -> Page:
             sets = [quick_look.routing(run, **chosen.cell) for run in runs]
             for ds, label in zip(sets, (name, other), strict=True):
                 ds.attrs["title"] = f"{label}, {ds.attrs['title']}"
-            drawn = [draw.heatmap(ds, "load", theme=session.theme) for ds in sets]
-            about = [
-                widgets.html(f"<b>{escape(n)}</b> {content.about(r)}") for n, r in zip((name, other), runs, strict=True)
+            drawn = [
+                widgets.figure(
+                    draw.heatmap(ds, "load", theme=session.theme),
+                    f"{name}-{other}-{i}",
+                    lambda ds=ds: ds.to_dataframe().reset_index(),  # type: ignore[misc]
+                )
+                for i, ds in enumerate(sets)
             ]
-            return pn.Column(
-                *about,
-                *(widgets.figure(f, f"{name}-{other}-{i}") for i, f in enumerate(drawn)),
-                sizing_mode="stretch_width",
-            )
+            about[:] = [
+                widgets.html(f"<b>Run {letter}: {escape(n)}</b> {content.about(r)}")
+                for letter, n, r in zip("ab", (name, other), runs, strict=True)
+            ]
+            title = "<h2>Expert load of both runs</h2><p class='wb-under'>Pooled over all tokens of the selected "
+            title += "channel, effort and task, not tested</p>"
+            return pn.Column(widgets.html(title), *drawn, sizing_mode="stretch_width")
 
         shown[:] = [widgets.guarded(body)]
 
@@ -146,7 +157,7 @@ def compare(session: Session) -> Page:
     chosen.watch(show, "channel", "effort", "task")
     pick.param.watch(another, "value")
     tested[:] = study(session, "compare", name, str(pick.value))
-    return Page([pick, *chosen.sidebar()], [tested, shown])
+    return Page([pick, *chosen.sidebar()], [about, tested, shown])
 
 
 # the pages with a function of their own; every other study has one that shows its results

@@ -1,5 +1,6 @@
 """The pages of what is stored beside a run: effects of experiments, and attribution graphs."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from html import escape
 from typing import Any
@@ -22,7 +23,8 @@ from workbench.studies.result import tables
 
 # names of the effect in a result, and of the limits of its interval
 _EFFECTS = (("change", "low", "high"), ("effect", "low", "high"), ("same", "same_low", "same_high"))
-_NO_EFFECT = {"largest effect": "–", "95 % interval": "–", "unit": "", "intervals excluding zero": "–"}
+_NO_EFFECT = {"largest effect": "–", "95 % interval": "–", "unit": "", "at": "", "intervals excluding zero": "–"}
+_NOT_TESTED = _NO_EFFECT | {"largest effect": "not tested"}
 _UNITS = {"same": "share of changed answers", "effect": "probability"}  # where a result names none
 _MEASURE_UNITS = {
     **dict.fromkeys(("correct", "complete", "refused", "same answer"), "share of answers"),
@@ -40,7 +42,8 @@ def causal(session: Session) -> Page:
     if not stored.experiments:
         return Page([], [*_how_to_store(session), *notes])
     titles = {registry.find(name).title: name for name in stored.experiments}
-    pick = widgets.select("Experiment", titles, session.choice.get("experiment", list(titles.values())))
+    first = session.choice.get("experiment", list(titles.values()))
+    pick = widgets.select("Experiment", titles, first, width=420)  # titles are too long for the sidebar
     shown = box()
 
     def show(*_: Any) -> None:
@@ -53,11 +56,15 @@ def causal(session: Session) -> Page:
 
     def summary() -> Any:
         rows = overview_table(stored.experiments)
+        unit = rows.pop("unit")
+        rows["quantity"] = rows["quantity"].where(unit == "", rows["quantity"] + " (" + unit + ")")
         links = [session.link("causal", experiment=titles[title]) for title in rows["experiment"]]
-        return widgets.table("All experiments", rows, f"{session.name}-experiments", {"experiment": links})
+        note = "The largest effect of each quantity, where it is, and how many of its effects are shown not to be zero"
+        name = f"{session.name}-experiments"
+        return widgets.table("All experiments", rows, name, {"experiment": links}, note=note)
 
     table = widgets.guarded(lambda: _readable("experiments", summary))
-    return Page([pick], [table, shown, *notes])
+    return Page([], [table, pick, shown, *notes])
 
 
 def _readable(name: str, body: Callable[[], Any]) -> Any:
@@ -87,7 +94,7 @@ def overview_table(experiments: Mapping[str, Mapping[str, xr.Dataset]]) -> pd.Da
     for name, sets in experiments.items():
         for key, ds in sets.items():
             for label, cell in _by_measure(key.replace("_", " "), ds).items():
-                rows.append({"experiment": registry.find(name).title, "result": label, **_largest(cell)})
+                rows.append({"experiment": registry.find(name).title, "quantity": label, **_largest(cell)})
     return pd.DataFrame(rows)
 
 
@@ -97,7 +104,7 @@ def _by_measure(label: str, ds: xr.Dataset) -> dict[str, xr.Dataset]:
     if "measure" not in ds.dims:
         return {label: own}
     return {
-        f"{label}: {measure}": own.isel(measure=i).assign_attrs(units=_MEASURE_UNITS.get(measure, ""))
+        measure: own.isel(measure=i).assign_attrs(units=_MEASURE_UNITS.get(measure, ""))
         for i, measure in enumerate(map(str, ds["measure"].values))
     }
 
@@ -111,16 +118,32 @@ def _largest(ds: xr.Dataset) -> dict[str, Any]:
         values, low, high = 1 - values, 1 - high, 1 - low
     tested = np.isfinite(values) & np.isfinite(low) & np.isfinite(high)
     if not tested.any():
-        return _NO_EFFECT
+        return _NOT_TESTED
     at = np.unravel_index(int(np.where(tested, np.abs(values), -1).argmax()), values.shape)
     sure = int((low * high > 0)[tested].sum())
+    effect, *limits = _rounded(values[at], low[at], high[at])
+    where = zip(map(str, ds[names[0]].dims), at, strict=True)
     return {
-        "largest effect": f"{values[at]:+.3g}",
-        "95 % interval": f"[{low[at]:+.3g}, {high[at]:+.3g}]",
+        "largest effect": effect,
+        "95 % interval": f"[{', '.join(limits)}]",
         "unit": _UNITS["same"] if names[0] == "same" else str(ds.attrs.get("units") or _UNITS.get(names[0], "")),
+        "at": ", ".join(_coordinate(ds, axis, int(i)) for axis, i in where),
         # the interval of a share never includes zero
         "intervals excluding zero": "–" if names[0] == "same" else f"{sure} of {int(tested.sum())}",
     }
+
+
+def _rounded(*numbers: float) -> list[str]:
+    """Return an effect and its two limits as text, with the decimals that the width of the interval allows."""
+    width = float(numbers[2] - numbers[1])
+    decimals = min(6, max(0, 1 - math.floor(math.log10(width)))) if width > 0 else 3
+    return [f"{round(float(number), decimals) + 0.0:+.{decimals}f}" for number in numbers]  # + 0.0: no negative zero
+
+
+def _coordinate(ds: xr.Dataset, axis: str, index: int) -> str:
+    """Return where an effect is on one axis: its label, or the name of the axis with a number."""
+    value = ds[axis].values[index] if axis in ds.coords else index
+    return f"{axis.replace('_', ' ')} {value}" if isinstance(value, int | float | np.number) else str(value)
 
 
 def _experiment(session: Session, name: str, stored: StoredResults) -> pn.Column:
@@ -192,10 +215,11 @@ def graph(session: Session) -> Page:
     pick = widgets.select("Graph", names, session.choice.get("graph", names))
     shown, linked = box(), box()
     experts: dict[str, tuple[int, int]] = {}
+    target: list[str] = []  # the token that the graph explains, if the file names it
 
     def describe(chosen: Mapping[str, str]) -> None:
         expert = experts.get(chosen.get("node", ""))
-        linked[:] = [widgets.html(_about_graph(session, expert))]
+        linked[:] = [widgets.html(_about_graph(session, expert, *target))]
 
     view = view_input(session, attribution_graph.VIEW, describe)
 
@@ -209,10 +233,12 @@ def graph(session: Session) -> Page:
             path = stored.graphs[str(pick.value)]
             graph = attribution_graph.load(path)
             experts.update(attribution_graph.experts_by_node(graph))
+            target[:] = [str(graph["about"]["target"])] if "target" in graph["about"] else []
             text = attribution_graph.frame(graph, path.stem, session.theme, chosen)
             return pn.pane.HTML(text, height=attribution_graph.HEIGHT + 10, sizing_mode="stretch_width")
 
         experts.clear()
+        target.clear()
         shown[:] = [widgets.guarded(body)]
         describe(chosen)
 
@@ -221,9 +247,13 @@ def graph(session: Session) -> Page:
     return Page([pick], [linked, shown, view, *_notes(stored)])
 
 
-def _about_graph(session: Session, expert: tuple[int, int] | None) -> str:
-    """Return HTML of the page's question and, where a node of an expert is chosen, a link to the expert's page."""
-    text = "Why did the model give this logit? Each node is an embedding, a head or a routed expert at a token."
+def _about_graph(session: Session, expert: tuple[int, int] | None, target: str = "") -> str:
+    """Return HTML of the page's question and, where a node of an expert is chosen, a link to the expert's page.
+
+    target: the token that the graph explains.
+    """
+    token = f"the token <b>{escape(repr(target))}</b>" if target else "this token"
+    text = f"Why did the model predict {token}? Each node is an embedding, a head or a routed expert at a token."
     hint = "Choose the node of an expert to open its page."
     if expert is not None:
         layer, number = map(str, expert)

@@ -123,9 +123,9 @@ def _overrepresented_tokens(
         for i, n in times.items()
         if n >= 5 and n / every[i] > share
     ]
-    columns = ["token", "times", "share of its uses (%)", "lift", "for example", "sequence", "position"]
+    columns = ["token", "occurrences", "share of occurrences (%)", "lift", "for example", "sequence", "position"]
     table = pd.DataFrame(records, columns=columns)
-    return table.sort_values(["lift", "times"], ascending=False).head(rows).round({columns[2]: 1, "lift": 2})
+    return table.sort_values(["lift", "occurrences"], ascending=False).head(rows).round({columns[2]: 1, "lift": 2})
 
 
 def _example(block: dict[str, np.ndarray], at: int, text: Callable[[int], str]) -> tuple[str, int, int]:

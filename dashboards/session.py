@@ -10,6 +10,7 @@ import xarray as xr
 
 from workbench import registry
 from workbench.dashboards import content, widgets
+from workbench.dashboards.difference_table import difference_table
 from workbench.dashboards.figure_labels import figure_names
 from workbench.dashboards.state import RunRegistry, Selection
 from workbench.errors import InputError
@@ -191,11 +192,10 @@ def study(
 
         def draw_it(*_: Any) -> None:
             key = str(pick.value)
-            drawing = gallery[key]
-            drawn = widgets.guarded(
-                lambda: widgets.figure(drawing.draw(theme=session.theme), f"{session.name}-{name}-{key}", drawing.table)
-            )
-            shown[:] = [drawn]
+            drawing, label = gallery[key], f"{session.name}-{name}-{key}"
+            drawn = widgets.guarded(lambda: widgets.figure(drawing.draw(theme=session.theme), label, drawing.table))
+            rows = widgets.guarded(lambda: difference_table(session, drawing, label))
+            shown[:] = [drawn, *(rows if isinstance(rows, list) else [rows])]
 
         def picked(*_: Any) -> None:
             session.put(figure=str(pick.value))

@@ -23,6 +23,8 @@ from workbench.studies import effort, expert_labels
 from workbench.studies.comparison import EFFORTS
 from workbench.studies.specialization import together
 
+_LARGE = 1_000_000  # tokens
+
 
 class Selection:
     """The selected values by name. They are the query string of every page, so a link opens the same view again.
@@ -165,6 +167,11 @@ class RunRegistry:
         more = {"options": options} if options else {}
         return partial(self.jobs.ask, study, paths, digest, exclude=exclude, lasting=lasting, **more)
 
+    @property
+    def served_model(self) -> str:
+        """Return the model that the dashboard was started with, which the page Live runs, or ""."""
+        return self._model
+
     def model(self, name: str) -> str:
         """Return the model that can be loaded for a run, or "" if none is known; its digest is not compared yet."""
         return self._model or ("nano" if self.run(name).checkpoint["name"] == "nano" else "")
@@ -205,14 +212,31 @@ class RunRegistry:
         run = self.run(name, exclude)
 
         def make() -> dict[str, xr.Dataset]:
-            table = effort.sequences_of(run)
-            known = [e for e in EFFORTS if e in set(table["effort"])]
+            table, known = effort.sequences_of(run), self.efforts(name, exclude)
             if len(known) < 2:
                 return {}
             return {"cost": effort.cost(run, table, known), "gain": effort.gain(run, table, known)}
 
         results: dict[str, xr.Dataset] = self._once(("costs", name, exclude), run.digest, make)
         return results
+
+    def ask_costs(self, name: str, exclude: str = "") -> Callable[[], Answer]:
+        """Return a function that asks for `costs`: of a large run those of its effort study, which is not waited for.
+
+        They need every prompt of the run, which takes long where there are millions of tokens.
+        """
+        if self.is_large(name):
+            return self.study("effort", name, exclude=exclude)
+        return lambda: Answer(self.costs(name, exclude))
+
+    def efforts(self, name: str, exclude: str = "") -> list[str]:
+        """Return the reasoning efforts of a run's sequences."""
+        known = set(self.run(name, exclude).sequences["effort"])
+        return [effort for effort in EFFORTS if effort in known]
+
+    def is_large(self, name: str) -> bool:
+        """Return whether a pass over the tokens of a run is too long to wait for."""
+        return int(self.run(name).sequences["length"].sum()) > _LARGE
 
     def pairs(self, name: str, exclude: str = "") -> xr.Dataset | None:
         """Return co-activation and transitions from sums, or None if the run has none."""

@@ -202,6 +202,7 @@ def _main() -> None:
     from workbench.studies import run_study
 
     study, out, exclude, options, *paths = sys.argv[1:]
+    os.nice(10)  # the server and the browser that waits come first
     try:
         results = run_study(study, *(open_run(path, exclude=exclude) for path in paths), **parse_json(options))
         save({name: ds for name, ds in results.items() if name not in _NOT_CACHED}, out)

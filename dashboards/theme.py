@@ -84,7 +84,10 @@ PARTS_CSS = """
 a{color:var(--wb-accent)}.bk-clearfix>p:first-child{margin-top:0}.bk-clearfix>p:last-child{margin-bottom:0}
 a:focus-visible,button:focus-visible,summary:focus-visible{outline:3px solid var(--wb-accent);outline-offset:2px}
 h2{font-size:var(--wb-title);line-height:1.3;margin:.2em 0}h3{font-size:var(--wb-lead);margin:.2em 0}
+h3:not(:first-child){margin-top:.9em}
 .wb-lead{font-size:var(--wb-lead);margin:0}.wb-muted{color:var(--wb-muted)}
+.wb-first{margin:4px 0}
+.wb-preview{color:var(--wb-muted);font-size:13px}details[open]>summary .wb-preview{display:none}
 .wb-under{color:var(--wb-muted);font-size:13px;margin:-2px 0 2px 2px}
 .wb-tiles{display:flex;flex-wrap:wrap;gap:var(--wb-space);margin:10px 0}
 .wb-tile{flex:1 1 150px;background:var(--wb-surface);border:1px solid var(--wb-line);border-radius:var(--wb-radius);
@@ -101,7 +104,9 @@ overflow-wrap:anywhere}
 .wb-examples a:hover{text-decoration:underline}
 mark{background:var(--wb-accent);color:var(--wb-on-accent);border-radius:3px;padding:0 2px}
 mark.wb-shade{background:color-mix(in srgb,var(--wb-accent-soft) calc(100% - var(--share)),var(--wb-warn-soft));
-color:var(--wb-ink);box-shadow:inset 0 -3px 0 color-mix(in srgb,var(--wb-accent) var(--share),transparent)}
+white-space:pre-wrap;color:var(--wb-ink);
+box-shadow:inset 0 -3px 0 color-mix(in srgb,var(--wb-accent) var(--share),transparent)}
+.wb-special{color:var(--wb-muted);white-space:nowrap}mark.wb-own{outline:1px solid var(--wb-accent);font-weight:700}
 pre{white-space:pre-wrap;background:var(--wb-raised);border-radius:6px;padding:8px 12px}
 summary{cursor:pointer;padding:3px 0}th[data-sort]{cursor:pointer}th[aria-sort=ascending]::after{content:" \25B4"}
 th[aria-sort=descending]::after{content:" \25BE"}tr:has(a){cursor:pointer}tbody tr:hover{background:var(--wb-raised)}
@@ -171,6 +176,8 @@ TABULATOR_CSS = """
 background:var(--wb-surface);color:var(--wb-ink);border-bottom:1px solid var(--wb-line)}
 .tabulator.tabulator .tabulator-row:hover{background:var(--wb-raised)!important}
 .tabulator.tabulator .tabulator-cell{border-color:transparent}
+.tabulator.tabulator .tabulator-header .tabulator-col .tabulator-col-content .tabulator-col-title{white-space:normal;
+overflow:visible}
 .tabulator.tabulator input{background:var(--wb-surface);color:var(--wb-ink);border:1px solid var(--wb-control);
 border-radius:4px}.tabulator.tabulator input::placeholder{color:var(--wb-muted);opacity:1}
 .tabulator.tabulator .tabulator-footer .tabulator-page{background:var(--wb-surface);color:var(--wb-ink);
@@ -191,7 +198,7 @@ border-bottom:1px solid var(--wb-line);position:sticky;top:0;z-index:10}
 .wb-theme,.wb-menu{display:inline-flex;gap:6px;align-items:center;color:var(--wb-ink);background:transparent;
 border:1px solid var(--wb-control);border-radius:6px;padding:3px 9px;font:inherit;font-size:13px;text-decoration:none;
 cursor:pointer}
-.wb-menu{display:none}
+.wb-menu{display:none}.wb-right .loader:not(.spin){opacity:0}
 .wb-body{display:flex;align-items:stretch;min-height:calc(100vh - 48px)}
 .wb-side{flex:0 0 256px;padding:10px 8px 30px;border-right:1px solid var(--wb-line);background:var(--wb-surface);
 position:sticky;top:48px;height:calc(100vh - 48px);overflow-y:auto}

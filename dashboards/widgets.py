@@ -18,12 +18,14 @@ from jaxtyping import Float
 from workbench.dashboards.study_jobs import Answer
 from workbench.dashboards.theme import ALERT_CSS, CARD_CSS, FIGURE_CSS, PARTS_CSS, TABULATOR_CSS, TOOL_CSS
 from workbench.errors import InputError
+from workbench.figures.template import LEGEND_HEIGHT, MARGIN_BELOW
 from workbench.harmony.flags import SEQUENCE_FLAGS
 from workbench.runs import Run
 
 WIDTH = 218  # pixels, of widgets in the sidebar
 _PLAIN_ROWS = 15  # longer tables are paged
-_LONG = 32  # characters of a text that need not fit beside another such text
+_LONG = 32  # characters of a text that fits in a table beside two others
+_SHORT = 16  # characters of texts that stay in one line, as an interval
 _SAVE = """
 const figures = [];
 const walk = root => { for (const e of root.querySelectorAll('*')) {
@@ -54,7 +56,9 @@ def alert(text: str, kind: str = "warning") -> pn.pane.Alert:
 def empty_state(title: str, text: str, command: str = "") -> pn.pane.HTML:
     """Return what a page shows instead of results: why there are none, and the command that makes some. All escaped."""
     code = f"<pre>{escape(command)}</pre>" if command else ""
-    return html(f"<div class='wb-empty'><h2>{escape(title)}</h2><p>{escape(text)}</p>{code}</div>")
+    shown = html(f"<div class='wb-empty'><h2>{escape(title)}</h2><p>{escape(text)}</p>{code}</div>")
+    shown.margin = (6, 6)  # as a card
+    return shown
 
 
 def card(title: str, content: pn.viewable.Viewable, *, note: str = "", collapsed: bool = False) -> pn.Card:
@@ -93,22 +97,22 @@ def table(
 
     links: the address that each cell of a column opens, or "". note: which data it shows.
     """
-    shown = rows.copy()
-    for column, addresses in (links or {}).items():
-        texts = [escape(str(text)) for text in rows[column]]
-        pairs = zip(addresses, texts, strict=True)
-        shown[column] = [f'<a href="{escape(address)}">{text}</a>' if address else text for address, text in pairs]
-    drawn = _plain_table(shown, set(links or ())) if len(rows) <= _PLAIN_ROWS else _long_table(shown, set(links or ()))
+    drawn = _plain_table(rows, links or {}) if len(rows) <= _PLAIN_ROWS else _long_table(rows, links or {})
     content = pn.Column(drawn, _csv(lambda: rows, name), sizing_mode="stretch_width")
     return card(title, content, note=note, collapsed=collapsed)
 
 
-def _plain_table(rows: pd.DataFrame, markup: set[str]) -> pn.pane.HTML:
-    """Return a table of few rows; columns named in `markup` hold HTML."""
+def _plain_table(rows: pd.DataFrame, links: Mapping[str, Sequence[str]]) -> pn.pane.HTML:
+    """Return a table of few rows; links: see `table`."""
     safe = rows.copy()
     for column in rows.columns:
-        if rows[column].dtype.kind not in "biuf" and column not in markup:
-            safe[column] = [escape(str(text)) for text in rows[column]]
+        texts = [escape(str(text)) for text in rows[column]]
+        if column in links:
+            pairs = zip(links[column], texts, strict=True)
+            safe[column] = [f'<a href="{escape(address)}">{text}</a>' if address else text for address, text in pairs]
+        elif rows[column].dtype.kind not in "biuf":
+            safe[column] = texts
+    rows = rows.assign(**{column: rows[column].astype(str) for column in links})  # aligned and sorted as texts
     safe.columns = [escape(str(column)) for column in rows.columns]
     text = safe.rename_axis(columns=None).to_html(
         index=False, escape=False, border=0, na_rep="–", formatters=_formats(safe)
@@ -118,15 +122,30 @@ def _plain_table(rows: pd.DataFrame, markup: set[str]) -> pn.pane.HTML:
         text = text.replace("<th>", f'<th scope="col" tabindex="0" aria-sort="none" data-sort="{kind}">', 1)
     words = (i for i, column in enumerate(rows.columns, 1) if rows[column].dtype.kind not in "biuf")
     left = "".join(f"td:nth-child({i}), th:nth-child({i}) {{ text-align: left; }}\n" for i in words)
+    short = (i for i, column in enumerate(rows.columns, 1) if _widest(rows[column]) <= _SHORT)
+    left += "".join(f"td:nth-child({i}) {{ white-space: pre; }}\n" for i in short)
     return html(f"<style>{_TABLE}{left}</style><div style='overflow-x:auto'>{text}</div>")
 
 
-def _long_table(rows: pd.DataFrame, markup: set[str]) -> pn.widgets.Tabulator:
-    """Return a table that is sorted, filtered and paged in the browser; columns named in `markup` hold HTML."""
+def _widest(values: pd.Series) -> int:
+    """Return the number of characters of the longest text of a column."""
+    return int(values.astype(str).str.len().max()) if len(values) else 0
+
+
+def _long_table(rows: pd.DataFrame, links: Mapping[str, Sequence[str]]) -> pn.widgets.Tabulator:
+    """Return a table that is sorted, filtered and paged in the browser; links: see `table`.
+
+    Addresses, and what is read of a link, are in columns that are not shown, so that a column of links is sorted by its
+    values: numbers as numbers.
+    """
     texts = [c for c in rows.columns if rows[c].dtype.kind not in "biuf"]
     shares = _shared_width(rows, texts)
+    hidden = {column: (f"address {number}", f"text {number}") for number, column in enumerate(links)}
+    extra = {hidden[column][0]: list(addresses) for column, addresses in links.items()}
+    extra |= {hidden[column][1]: rows[column].astype(str).to_list() for column in links}
     return pn.widgets.Tabulator(
-        rows.reset_index(drop=True),
+        rows.assign(**extra).reset_index(drop=True),
+        hidden_columns=list(extra),
         show_index=False,
         disabled=True,
         selectable=False,
@@ -135,9 +154,10 @@ def _long_table(rows: pd.DataFrame, markup: set[str]) -> pn.widgets.Tabulator:
         pagination="local",
         page_size=_PLAIN_ROWS,
         sizing_mode="stretch_width",
-        formatters={column: {"type": "html" if column in markup else "plaintext"} for column in texts}
-        | {column: _decimals(rows[column]) for column in rows.columns if rows[column].dtype.kind == "f"},
-        configuration={"columnDefaults": {"minWidth": 90, "maxWidth": 400}},
+        formatters={column: {"type": "plaintext"} for column in texts}
+        | {column: _decimals(rows[column]) for column in rows.columns if rows[column].dtype.kind == "f"}
+        | {column: {"type": "link", "urlField": url, "labelField": text} for column, (url, text) in hidden.items()},
+        configuration={"columnDefaults": {"minWidth": 60}},
         text_align={column: "right" for column in rows.columns if column not in texts},
         header_filters={column: {"type": "input", "placeholder": "filter"} for column in texts},
         theme="simple",
@@ -146,12 +166,12 @@ def _long_table(rows: pd.DataFrame, markup: set[str]) -> pn.widgets.Tabulator:
 
 
 def _shared_width(rows: pd.DataFrame, texts: Sequence[str]) -> dict[str, str]:
-    """Return widths of columns in % by name if two or more have long texts, so that no column is out of sight."""
-    plain = {c: rows[c].astype(str).str.replace(r"<[^>]*>", "", regex=True) for c in texts}
-    lengths = {c: max(len(str(c)), int(plain[c].str.len().max()) if c in plain else 0) for c in rows.columns}
-    if sum(length > _LONG for length in lengths.values()) < 2:
+    """Return widths of columns in % by name, so that none is out of sight; {} if all texts fit beside each other."""
+    lengths = {c: max(len(str(c)), _widest(rows[c]) if c in texts else 0) for c in rows.columns}
+    # headings of numbers are broken into lines
+    sizes = {c: min(max(length, 8), 2 * _LONG) if c in texts else 13 for c, length in lengths.items()}
+    if sum(sizes.values()) <= 3 * _LONG:
         return {}
-    sizes = {c: min(max(length, 8), 2 * _LONG) for c, length in lengths.items()}
     return {c: f"{100 * size / sum(sizes.values()):.1f}%" for c, size in sizes.items()}
 
 
@@ -170,6 +190,7 @@ def _formats(rows: pd.DataFrame) -> dict[str, Callable[[Any], str]]:
 def figure(drawn: go.Figure, name: str, numbers: Callable[[], pd.DataFrame] | None = None, **more: Any) -> pn.Column:
     """Return a figure with buttons that save it as SVG, PNG and, if `numbers` is given, CSV."""
     drawn.update_layout(meta=name, width=None)
+    _without_empty_legend(drawn)
     # plotly offers to upload a chart unless it is told not to
     config = {"showSendToCloud": False, "displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["toImage"]}
     pane = pn.pane.Plotly(drawn, sizing_mode="stretch_width", config=config)
@@ -189,6 +210,17 @@ def figure(drawn: go.Figure, name: str, numbers: Callable[[], pd.DataFrame] | No
     return pn.Column(
         pane, tools, sizing_mode="stretch_width", css_classes=["wb-figure"], stylesheets=[FIGURE_CSS], margin=(6, 6)
     )
+
+
+def _without_empty_legend(drawn: go.Figure) -> None:
+    """Take away the line of the legend, above the foot, from a figure without a legend."""
+    entries = [trace for trace in drawn.data if trace.type != "heatmap" and trace.showlegend is not False]
+    if entries or drawn.layout.margin.b is not None:
+        return
+    drawn.update_layout(height=(drawn.layout.height or 480) - LEGEND_HEIGHT, margin={"b": MARGIN_BELOW - LEGEND_HEIGHT})
+    for annotation in drawn.layout.annotations:
+        if annotation.yshift == 6 - MARGIN_BELOW:  # the foot
+            annotation.yshift += LEGEND_HEIGHT
 
 
 def _csv(rows: Callable[[], pd.DataFrame], name: str) -> pn.widgets.FileDownload:

@@ -26,6 +26,7 @@ class Recorder:
     def __init__(self, wanted: Mapping[str, torch.dtype]) -> None:
         self.wanted = dict(wanted)
         self._recorded: dict[str, list[Tensor]] = {name: [] for name in wanted}
+        self._devices: set[torch.device] = set()  # GPUs that may still be copying
 
     @property
     def fwd_hooks(self) -> list[tuple[str, HookFunction]]:
@@ -36,16 +37,31 @@ class Recorder:
         if recomputing():
             return
         assert hook.name is not None
-        self._recorded[hook.name].append(activation.detach().flatten(0, 1).to("cpu", dtype, copy=True))
+        self._recorded[hook.name].append(_to_host(activation.detach().flatten(0, 1), dtype))
+        if activation.is_cuda:
+            self._devices.add(activation.device)
 
     def take(self) -> dict[str, Shaped[Tensor, "tokens *feature"]]:
         """Return the values that were recorded since the last call; a hook point that never fired is an error."""
         silent = [name for name, parts in self._recorded.items() if not parts]
         if silent:
             raise RuntimeError(f"these hook points never fired: {silent}; run a pass while the hooks are on the model")
-        taken = {name: parts[0] if len(parts) == 1 else torch.cat(parts) for name, parts in self._recorded.items()}
+        for device in self._devices:
+            torch.cuda.synchronize(device)
+        # Pinned memory is used again: what is returned is a copy.
+        taken = {
+            name: parts[0] if len(parts) == 1 and not parts[0].is_pinned() else torch.cat(parts)
+            for name, parts in self._recorded.items()
+        }
         self._recorded = {name: [] for name in self.wanted}
         return taken
+
+
+def _to_host(x: Shaped[Tensor, "tokens *feature"], dtype: torch.dtype) -> Shaped[Tensor, "tokens *feature"]:
+    """A copy on the CPU; a GPU goes on while it copies, in the order of its work, into pinned memory."""
+    if not x.is_cuda:
+        return x.to("cpu", dtype, copy=True)
+    return torch.empty(x.shape, dtype=dtype, pin_memory=True).copy_(x.to(dtype), non_blocking=True)
 
 
 class SequenceRecorder:

@@ -17,6 +17,7 @@ from workbench.kernels import cpu
 from workbench.kernels.parallel import parallel_map
 
 FEW = 4  # rows
+_SEVERAL = 5  # rows, above the few, from which the compiled loops multiply tiles of the matrix
 _MANY = 24  # rows from which widening the matrix costs less than multiplying in float32 saves
 _SHARES = 3  # of the chunks, for each thread
 _CHUNK = 96 * 2880  # values of a widened matrix at a time
@@ -31,6 +32,8 @@ def linear(
     few = 0 < x.numel() <= FEW * x.shape[-1]
     if few and (products := cpu.compiled(x, weight, bias)) and products.covers_dense(x, weight):
         return products.linear(x, weight, bias)
+    if x.numel() >= _SEVERAL * x.shape[-1] and (tiles := cpu.many_rows(x, weight, bias)) and tiles.covers_dense(weight):
+        return tiles.dense_linear(x.flatten(0, -2), weight, bias).unflatten(0, x.shape[:-1])
     many = x.numel() >= _MANY * x.shape[-1] > 0 and cpu.product_dtype(x, weight, bias) != x.dtype
     if many and (products := cpu.compiled(x)) and products.covers_widening(weight):
         return _widened(x, weight, bias, products)

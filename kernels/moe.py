@@ -9,7 +9,7 @@ Cost for T tokens: 6 · T · k · d_model · d_mlp multiply-adds; 3 · d_model �
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -27,6 +27,7 @@ _LIGHT = 2**20  # values of an expert's matrix below which handing it to a threa
 # Up to these the compiled CPU kernels multiply by packed matrices without unpacking them: 32 tokens, or 256 (all slots
 # take about 100 MB) where an expert has 24 rows on average. Measured, one thread (Emerald Rapids without AMX), a
 # matrix of 5760 × 2880 and 8, 16, 24, 32 rows: 3.1, 5.8, 8.7 and 11.6 ms; unpacked for torch 5.4, 7.0, 8.8 and 10.3.
+# With AVX-512 more than 32 tokens take its tiles: 4, 9, 16, 24 rows 2.2, 3.3, 4.3 and 5.7 ms.
 _FEW_TOKENS, _SHORT, _FEW_ROWS = 32, 256, 24
 ActivationHook = Callable[[Tensor], Tensor]
 
@@ -104,6 +105,14 @@ def _few(experts: Tensor, weights: Experts) -> bool:
     return 0 < tokens <= (_SHORT if rows <= _FEW_ROWS else _FEW_TOKENS)
 
 
+def _launcher(products: ModuleType, slots: Any, x: Tensor, matrix: object) -> ModuleType:
+    """Return the module whose `expert_linear` multiplies these rows: that of few rows, or that of tiles."""
+    if len(slots.experts) <= _FEW_TOKENS or not isinstance(matrix, Mxfp4):
+        return products
+    tiles = cpu.many_rows(x, *matrix)
+    return tiles if tiles and tiles.covers_packed(*matrix) else products
+
+
 def _layer(
     x: Tensor, experts: Tensor, gates: Tensor, weights: Experts, taps: ActivationHooks, products: ModuleType | None
 ) -> Tensor:
@@ -150,14 +159,20 @@ def _layer(
 
     wide = torch.promote_types(x.dtype, torch.float32)
     if products or taps.gate or taps.up:
-        h = products.expert_linear(x, weights.gate_up, weights.gate_up_bias, slots) if products else per_expert(gate_up)
+        if products:
+            h = _launcher(products, slots, x, weights.gate_up).expert_linear(
+                x, weights.gate_up, weights.gate_up_bias, slots
+            )
+        else:
+            h = per_expert(gate_up)
         post = activated_pairs(h)
     elif taps.post:
         post = per_expert(activated)
     if products or taps.gate or taps.up or taps.post:
         post = apply_hook(taps.post, post).flatten(0, 1)
         if products and cpu.compiled(post) and products.covers_experts(post, weights.down):
-            out = products.expert_linear(post, weights.down, weights.down_bias, slots)
+            launcher = _launcher(products, slots, post, weights.down)
+            out = launcher.expert_linear(post, weights.down, weights.down_bias, slots)
         else:  # a hook can have added a gradient
             out = per_expert(lambda e, rows: down(e, post[rows]))
     else:

@@ -1,14 +1,17 @@
 """Shapes in signatures are checked in the tests of the model; one thread a process, as two cores share them.
 
 Triton interprets its kernels, so that their real launchers run on CPU tensors. It has to know before the first kernel
-is defined; tests that compile kernels do so in a process of their own.
+is defined; tests that compile kernels do so in a process of their own. GPUs are hidden, so that the tests do the same
+on a machine that has one: `workbench bench gpu --first` checks a GPU.
 """
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["TRITON_INTERPRET"] = "1"
+os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
 
+import sys
 from collections.abc import Generator
 from pathlib import Path
 
@@ -28,6 +31,8 @@ MODEL = [
     for path in (ROOT / "workbench" / "model").rglob("[!_]*.py")
     if not path.stem.endswith("_loops")
 ]
+# jsonschema, which nbformat imports, would take four seconds to compile a grammar of IRIs, which no notebook has
+sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 CHECK = f"{typechecking.__name__}.check_calls"
 install_import_hook([*KERNELS, "workbench.hooks", *MODEL], CHECK)
 # Files whose tests take up to a minute each come first, so that all workers end at about the same time.

@@ -2,7 +2,7 @@
 
 torch multiplies one row by a bfloat16 matrix at about a third of the memory's speed, and has no product with MXFP4: the
 matrix is unpacked first. The loops here read every weight once, as it is stored. They are compiled by numba when the
-first of them is needed (about 10 s of processor time in all, then kept on disk, in `NUMBA_CACHE_DIR` if that is set).
+first of them is needed (about 12 s of processor time in all, then kept on disk, in `NUMBA_CACHE_DIR` if that is set).
 
 Why numba: its wheels contain the compiler, for Linux (x86-64, arm64), macOS (arm64) and Windows and for Python 3.11 to
 3.14, so that nothing is built when the workbench is installed, and the code is made for the processor it runs on. An
@@ -13,6 +13,9 @@ LLVM vectors through numba 25 on one thread, at which the memory is the limit.
 `layer` computes a complete layer on one new token of each of up to four rows in one launch; between two phases of it a
 hook may read and change a value (`workbench.model.fused_block`). Besides what it saves in Python, it keeps torch's own
 threads asleep: after each parallel operation they wait actively for milliseconds, on the cores that these loops need.
+
+`tiles` multiplies many rows in float32 where the processor multiplies bfloat16 slowly and has AVX-512; elsewhere torch
+does it, with matrices that `products` unpacks or widens.
 
 The torch code in `workbench.kernels` remains the reference. It computes whatever is not covered here: gradients, other
 dtypes, inputs that are no multiple of 32, many rows, processors without AVX2 or NEON, tensors that torch.compile,
@@ -56,7 +59,7 @@ def unavailable() -> str | None:
 def _missing() -> str | None:
     """Return the reason why the compiled kernels are not available here."""
     try:
-        instructions = importlib.import_module("workbench.kernels.cpu.loops").instructions()
+        instructions = importlib.import_module("workbench.kernels.cpu.vectors").instructions()
     except ImportError as error:
         return f"numba cannot be imported ({error})"
     return None if instructions else f"the processor ({platform.machine()}) has neither AVX2 nor NEON"
@@ -66,7 +69,7 @@ def description() -> str:
     """Return which code multiplies a few rows on this CPU, as text for users."""
     if reason := unavailable():
         return f"torch ({reason})"
-    return f"compiled by numba for {importlib.import_module('workbench.kernels.cpu.loops').instructions()}"
+    return f"compiled by numba for {importlib.import_module('workbench.kernels.cpu.vectors').instructions()}"
 
 
 def compiled(*tensors: Tensor | None) -> ModuleType | None:
@@ -79,7 +82,7 @@ def compiled(*tensors: Tensor | None) -> ModuleType | None:
 @functools.cache
 def _widens() -> bool:
     """Return whether products of bfloat16 are faster in float32 on this processor; asked once a process."""
-    return not importlib.import_module("workbench.kernels.cpu.loops").multiplies_bfloat16()
+    return not importlib.import_module("workbench.kernels.cpu.vectors").multiplies_bfloat16()
 
 
 def product_dtype(x: Tensor, *tensors: Tensor | None) -> torch.dtype:
@@ -91,6 +94,14 @@ def product_dtype(x: Tensor, *tensors: Tensor | None) -> torch.dtype:
     """
     wide = x.dtype == torch.bfloat16 and compiled(x, *tensors) is not None and _widens()
     return torch.float32 if wide else x.dtype
+
+
+def many_rows(x: Tensor, *tensors: Tensor | None) -> ModuleType | None:
+    """Return `workbench.kernels.cpu.tiles` where many rows x [... d] are multiplied in float32 by its loops."""
+    if x.numel() == 0 or product_dtype(x, *tensors) == x.dtype:
+        return None
+    tiles = importlib.import_module("workbench.kernels.cpu.tiles")
+    return tiles if tiles.available() else None
 
 
 def few_rows(x: Tensor, *tensors: Tensor | None) -> ModuleType | None:

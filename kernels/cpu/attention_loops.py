@@ -9,7 +9,6 @@ import math
 import numpy as np
 
 from workbench.kernels.cpu.layer_records import BLOCK, Phase
-from workbench.kernels.cpu.loops import LANES, integer
 from workbench.kernels.cpu.piece_loops import DENSE_CHUNK, ceil_divide, dense_piece, inline, normalize_row
 from workbench.kernels.cpu.row_loops import (
     TILE,
@@ -30,6 +29,7 @@ from workbench.kernels.cpu.row_loops import (
     weighted_sums_by_four,
     weighted_sums_by_one,
 )
+from workbench.kernels.cpu.vectors import LANES, integer
 
 _ABSENT = np.float32(-3e38)  # the score of a key that pads a vector
 

@@ -8,7 +8,7 @@ import math
 import numpy as np
 
 from workbench.kernels.cpu.layer_records import Phase
-from workbench.kernels.cpu.loops import LANES, dense_chunk, expert_chunk, integer
+from workbench.kernels.cpu.loops import dense_chunk, expert_chunk
 from workbench.kernels.cpu.piece_loops import ceil_divide, inline, normalize_row
 from workbench.kernels.cpu.row_loops import (
     add,
@@ -23,6 +23,7 @@ from workbench.kernels.cpu.row_loops import (
     set_integer,
     swiglu_group,
 )
+from workbench.kernels.cpu.vectors import LANES, integer
 
 GATE_UP_CHUNK, DOWN_CHUNK, COMBINE_CHUNK, ROUTER_CHUNK = 128, 64, 512, 8  # outputs of a piece
 _PACKED = 16  # bytes of a group of MXFP4

@@ -12,8 +12,10 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
+
+from workbench.kernels.cpu.compilation import compile_loop
 
 _i8 = ir.IntType(8)
 _half, _bytes = ir.VectorType(_i8, 8), ir.VectorType(_i8, 16)
@@ -95,19 +97,10 @@ def _widen_blocks(source, blocks, result):
 @functools.cache
 def separate_rows() -> Callable[..., None]:
     """Return the compiled loop over MXFP4."""
-    return _compiled(_separate_rows, *[types.int64] * 6, types.boolean)
+    return compile_loop(_separate_rows, *[types.int64] * 6, types.boolean)
 
 
 @functools.cache
 def widen_blocks() -> Callable[..., None]:
     """Return the compiled loop over Q8_0."""
-    return _compiled(_widen_blocks, *[types.int64] * 3)
-
-
-def _compiled(loop: Callable[..., None], *arguments: Any) -> Callable[..., None]:
-    """Return a compiled loop, from numba's cache on disk if it is there."""
-    signature = types.void(*arguments)
-    try:
-        return njit(signature, nogil=True, cache=True)(loop)
-    except (RuntimeError, OSError):  # no folder for the cache can be written
-        return njit(signature, nogil=True)(loop)
+    return compile_loop(_widen_blocks, *[types.int64] * 3)

@@ -20,8 +20,8 @@ from torch import Tensor
 from workbench.kernels.cpu import threads
 from workbench.kernels.cpu.layer_loops import compile_phases
 from workbench.kernels.cpu.layer_records import BLOCK, COUNTER_BYTES, GIVEN, LAYER, STEP, VALUES, WEIGHTS, Phase
-from workbench.kernels.cpu.loops import LANES
 from workbench.kernels.cpu.products import scale_table
+from workbench.kernels.cpu.vectors import LANES
 
 __all__ = ["LayerSizes", "LayerStep", "LayerWeights", "Phase"]
 

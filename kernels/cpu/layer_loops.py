@@ -10,22 +10,18 @@ float32, rounded where the reference rounds to bfloat16. numba compiles the loop
 Reference: `workbench.model.layers.Block`, whose numbers these are.
 """
 
-import hashlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from numba import from_dtype, njit, types
+from numba import from_dtype, types
 
-from workbench.kernels.cpu import attention_loops, expert_loops, layer_records, loops, piece_loops, row_loops
 from workbench.kernels.cpu.attention_loops import compute_attention
+from workbench.kernels.cpu.compilation import compile_loop
 from workbench.kernels.cpu.expert_loops import COMBINE_CHUNK, DOWN_CHUNK, GATE_UP_CHUNK, ROUTER_CHUNK, compute_experts
 from workbench.kernels.cpu.layer_records import COUNTER_BYTES, LAYER, STEP, Phase
-from workbench.kernels.cpu.loops import integer, take
 from workbench.kernels.cpu.piece_loops import DENSE_CHUNK, ceil_divide, inline
 from workbench.kernels.cpu.row_loops import wait_for
-
-_SOURCES = (attention_loops, expert_loops, layer_records, loops, piece_loops, row_loops)
+from workbench.kernels.cpu.vectors import integer, take
 
 
 @inline
@@ -75,13 +71,5 @@ def _run_phases(_, counters, layer, step, first, end):
 
 def compile_phases() -> Callable[..., None]:
     """Return the compiled `_run_phases`: from the cache on disk if it has them."""
-    # numba's cache compares the age of this file only, so the name contains a digest of the other files.
-    files = (Path(str(module.__file__)) for module in _SOURCES)
-    digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:16]
-    _run_phases.__qualname__ = f"_run_phases_{digest}"
     records: list[Any] = [types.Array(from_dtype(kind), 1, "C") for kind in (LAYER, STEP)]
-    signature = types.void(types.int64, types.int64, *records, types.int64, types.int64)
-    try:
-        return njit(signature, nogil=True, cache=True)(_run_phases)
-    except (RuntimeError, OSError):  # no folder for the cache can be written
-        return njit(signature, nogil=True)(_run_phases)
+    return compile_loop(_run_phases, types.int64, types.int64, *records, types.int64, types.int64)

@@ -5,8 +5,9 @@ import math
 import numpy as np
 from numba import njit
 
-from workbench.kernels.cpu.loops import LANES, dense_chunk
+from workbench.kernels.cpu.loops import dense_chunk
 from workbench.kernels.cpu.row_loops import add_bias, normalize, set_float, sum_of_squares
+from workbench.kernels.cpu.vectors import LANES
 
 DENSE_CHUNK = 32  # outputs of a piece
 

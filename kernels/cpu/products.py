@@ -13,8 +13,9 @@ import torch
 from jaxtyping import BFloat16, Float, Float32, Int, UInt8
 from torch import Tensor
 
-from workbench.kernels.cpu import threads
-from workbench.kernels.cpu.loops import GROUP, LANES, SMALLEST, compile_all
+from workbench.kernels.cpu import loops, threads, unpacking_loops
+from workbench.kernels.cpu.loops import SMALLEST
+from workbench.kernels.cpu.vectors import GROUP, LANES
 from workbench.kernels.ggml import BLOCK_BYTES, GgmlMxfp4
 from workbench.kernels.mxfp4 import Mxfp4
 
@@ -22,7 +23,8 @@ _DTYPES = (torch.bfloat16, torch.float32)
 _DENSE_CHUNK = 64  # outputs; 369 KB of a matrix with 2,880 inputs
 _EXPERT_CHUNK = 128  # outputs; 196 KB
 
-_loops = functools.cache(compile_all)
+_loops = functools.cache(loops.compile_all)
+_unpacking = functools.cache(unpacking_loops.compile_all)
 
 
 @functools.cache
@@ -139,7 +141,7 @@ def unpack(
 
     Measured, one thread (Zen 4), 5760 × 2880 in chunks of 256 rows: 1.0 ms, torch 7.4 ms.
     """
-    loop = _loops().unpack_groups
+    loop = _unpacking().groups
     loop(blocks.data_ptr(), scales.data_ptr(), scale_table().data_ptr(), scales.numel(), values.data_ptr())
 
 
@@ -153,7 +155,7 @@ def unpack_columns(
     A matrix in this order is multiplied by few rows in less time than one by outputs: torch need not reorder it.
     """
     outputs, groups = scales.shape
-    loop = _loops().unpack_columns
+    loop = _unpacking().columns
     loop(blocks.data_ptr(), scales.data_ptr(), scale_table().data_ptr(), groups, outputs, values.data_ptr())
 
 
@@ -165,4 +167,4 @@ def covers_widening(weight: Tensor) -> bool:
 def widen_columns(weight: BFloat16[Tensor, "outputs inputs"], values: Float32[Tensor, "inputs outputs"]) -> None:
     """Write a matrix into memory that is given, in the order of `unpack_columns`, on this thread alone."""
     outputs, inputs = weight.shape
-    _loops().widen_columns(weight.data_ptr(), inputs, outputs, values.data_ptr())
+    _unpacking().widened_columns(weight.data_ptr(), inputs, outputs, values.data_ptr())

@@ -14,7 +14,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from workbench.kernels.cpu.loops import (
+from workbench.kernels.cpu.vectors import (
     LANES,
     _broadcast,
     _f32,

@@ -62,6 +62,7 @@ class Session:
 
     def __init__(self, browser: Browser, url: str, width: int = 1280) -> None:
         self.page: Page = browser.new_page(viewport={"width": width, "height": 900})
+        self.page.set_default_timeout(300_000)  # as of `expect`: half a minute is too little on a busy machine
         self.foreign: list[str] = []
         self.errors: list[str] = []
         self.page.on("request", self._request)

@@ -1,4 +1,4 @@
-"""One browser and one server of the demo run for all browser tests of a module."""
+"""One browser for the tests of a module, and one server of the demo run for those of the package."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +27,7 @@ def _closed_pages(request: pytest.FixtureRequest) -> Iterator[None]:
             context.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="package")
 def demo(tmp_path_factory: pytest.TempPathFactory, demo_run: Path) -> Iterator[str]:
     server, url = serve(str(demo_run))
     yield url

@@ -4,6 +4,7 @@ Also tests `workbench.dashboards.heatmap_pages`.
 """
 
 import json
+import logging
 import os
 import re
 import shutil
@@ -14,9 +15,11 @@ from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
 import pytest
+from tornado.websocket import WebSocketClosedError
 
 from tests.dashboards.browsing import SCREENSHOTS, UNNAMED, Session, frame_of, heat, serve, stop
 from tests.serving import free_port, wait_for
+from workbench.dashboards.app import expect_closed_connections
 
 playwright = pytest.importorskip("playwright.sync_api")
 from playwright.sync_api import Browser, expect  # noqa: E402
@@ -201,12 +204,13 @@ def test_a_password_file_requires_a_password(demo_run: Path, tmp_path: Path, bro
     server, url = serve(str(demo_run), "--basic-auth", str(users))
     try:
         page = browser.new_page()
-        page.goto(f"{url}/overview", timeout=60_000)
+        page.set_default_timeout(300_000)
+        page.goto(f"{url}/overview")
         assert "Tokens by channel" not in page.content()
         page.fill("input[name=username]", "ada")
         page.fill("input[name=password]", "lovelace")
         page.locator("button, input[type=submit]").first.click()
-        expect(page.get_by_text("Tokens by channel and effort").first).to_be_visible(timeout=60_000)
+        expect(page.get_by_text("Tokens by channel and effort").first).to_be_visible()
     finally:
         stop(server)
 
@@ -284,7 +288,7 @@ def test_two_runs_are_compared_and_one_asks_for_another(
     server, url = serve(str(demo_run), str(other))
     try:
         session = Session(browser, f"{url}/compare").drawn()
-        expect(session.page.get_by_text("routers agree on 100.0%").first).to_be_attached()
+        expect(session.page.get_by_text("routers agree on 100.0 %").first).to_be_attached()
         assert session.errors == []
     finally:
         stop(server)
@@ -333,3 +337,28 @@ def test_a_port_in_use_is_refused_in_one_line(demo_run: Path) -> None:
     assert done.returncode == 2
     assert f"port {port}" in done.stderr
     assert "--port" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "error"),
+    [
+        ("bokeh.server.views.ws", "Failed sending message as connection was closed", None),
+        ("asyncio", "Task exception was never retrieved", WebSocketClosedError()),
+    ],
+)
+def test_a_browser_that_leaves_is_no_warning(
+    name: str, text: str, error: Exception | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Bokeh and Tornado warn of every message that a closed tab does not get."""
+    logger = logging.getLogger(name)
+    before = list(logger.filters)
+    try:
+        logger.filters[:] = []
+        logger.warning(text, exc_info=error)
+        assert len(caplog.records) == 1, "negative control"
+        expect_closed_connections()
+        logger.warning(text, exc_info=error)
+        logger.warning("another fault", exc_info=OSError())
+        assert [record.getMessage() for record in caplog.records[1:]] == ["another fault"]
+    finally:
+        logger.filters[:] = before

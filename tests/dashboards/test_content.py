@@ -1,5 +1,6 @@
 """What pages say is what the run holds; no widget, no browser."""
 
+import shlex
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,7 +76,7 @@ def test_a_summary_has_a_lead_and_what_is_indented_is_below_its_own_line() -> No
     text = findings_of(
         "Within prompts: 2 of 4 cells differ.\n  layer 0: <b>\n  layer 3\nAt equal position: 1 differs.\n  layer 1"
     )
-    assert "<p class='wb-lead'>Within prompts: 2 of 4 cells differ.</p>" in text
+    assert "<p class='wb-first'>Within prompts: 2 of 4 cells differ.</p>" in text
     assert "<li>At equal position: 1 differs.<ul><li>layer 1</li></ul></li>" in text
     assert "<li>layer 0: &lt;b&gt;</li><li>layer 3</li><li>At equal position" in text, "below the lead, not each other"
 
@@ -87,17 +88,42 @@ def test_lines_below_a_warning_are_as_prominent_as_others() -> None:
 
 
 def test_models_and_activations_come_after_what_they_explain() -> None:
-    titles = ("A model of accuracy", "hook_resid_post: analysis against final", "Share of routed slots")
+    titles = ("A model of accuracy", "hook_resid_post: analysis against final", "Expert load: analysis against final")
     text = content.findings({t: xr.Dataset(attrs={"title": t, "summary": "s"}) for t in titles})
     assert min(titles, key=text.index) == titles[2], "negative control: in the order of the names it is last"
 
 
+def test_the_command_of_a_graph_asks_the_conversations_own_question(demo_run: Path) -> None:
+    """Only a conversation that is one message of a user can be asked again by a command."""
+    run = wb.open_run(demo_run)
+    known = [n for n in run.sequences.index if content.graph_command(run, n, "nano")]
+    number = known[0]
+    row, question = run.sequences.loc[number], [m for m in run.conversation(number) if m["role"] == "user"]
+    words = shlex.split(content.graph_command(run, number, "nano"))
+    assert words[:3] == ["workbench", "graph", "nano"]
+    options = dict(zip(words[3::2], words[4::2], strict=True))
+    assert options["--prompt"] == question[0]["text"]
+    assert options["--effort"] == row["effort"]
+    assert Path(options["--out"]).parent == demo_run.parent
+    several = [n for n in run.sequences.index if len([m for m in run.conversation(n) if m["role"] == "user"]) > 1]
+    assert several, "negative control: some have several questions"
+    assert not set(several) & set(known)
+
+
+def test_a_folded_summary_shows_its_first_line_that_is_no_warning() -> None:
+    text = findings_of("Warning: few prompts.\nWithin prompts: 2 of <4> cells differ by 5%.\n  layer 0")
+    preview = text.partition("class='wb-preview'>")[2].partition("</span>")[0]
+    assert preview == "Within prompts: 2 of &lt;4&gt; cells differ by 5\u202f%."
+
+
 def test_lines_that_are_alike_have_no_lead() -> None:
     text = findings_of("low: 0 tokens.\nmedium: 12 tokens.\n\nSkipped: sinks, as they are not recorded.")
-    assert "wb-lead" not in text
-    assert text.count("<li>") == 2
-    assert "<li class='wb-muted'>Skipped: sinks, as they are not recorded.</li>" in text
-    assert "wb-lead" in findings_of("low: 0 tokens.\nSkipped: sinks, as they are not recorded."), "negative control"
+    assert "wb-first" not in text
+    listed, _, folded = text.partition("<summary>Not tested (1)</summary>")
+    assert listed.count("<li>") == 2
+    assert "<li>Sinks, as they are not recorded.</li>" in folded
+    assert "not recorded" not in listed
+    assert "wb-first" in findings_of("low: 0 tokens.\nSkipped: sinks, as they are not recorded."), "negative control"
 
 
 @pytest.mark.parametrize("page", page_titles())

@@ -43,7 +43,7 @@ def test_a_conversation_is_coloured_described_searched_and_replayed(demo: str, b
     partly = frame.evaluate("[now, counts[0].reduce((a, b) => a + b, 0)]")
     assert partly[0] > 0
     assert partly[1] == 4 * partly[0]
-    frame.wait_for_function("now >= n && timer === null", timeout=20_000)
+    frame.wait_for_function("now >= n && timer === null")
     assert session.errors == []
     assert session.foreign == []
 
@@ -94,7 +94,7 @@ def test_next_opens_another_conversation_and_the_link_reopens_it(demo: str, brow
     session = Session(browser, f"{demo}/transcript")
     frame_of(session)
     session.page.get_by_text("next ›").click()
-    session.page.wait_for_url(re.compile(r"sequence=\d+"), timeout=20_000)
+    session.page.wait_for_url(re.compile(r"sequence=\d+"))
     session.page.wait_for_timeout(800)
     shown = frame_of(session).locator("#text").text_content()
     again = Session(browser, session.page.url)
@@ -113,11 +113,11 @@ _IN_SIGHT = """up => { let inside = null; const walk = root => { for (const e of
 def test_the_list_scrolls_to_the_conversation_that_is_shown(demo: str, browser: Browser) -> None:
     session = Session(browser, f"{demo}/transcript?sequence=300")
     frame_of(session)
-    session.page.wait_for_function(_IN_SIGHT, arg=False, timeout=30_000)
+    session.page.wait_for_function(_IN_SIGHT, arg=False)
     assert session.page.evaluate(_IN_SIGHT, True) is False, "negative control: it begins with other conversations"
     session.page.get_by_text("next ›").click()
-    session.page.wait_for_url(re.compile("sequence=301"), timeout=30_000)
-    session.page.wait_for_function(_IN_SIGHT, arg=False, timeout=30_000)
+    session.page.wait_for_url(re.compile("sequence=301"))
+    session.page.wait_for_function(_IN_SIGHT, arg=False)
 
 
 def test_a_transcript_with_a_script_is_only_text(tmp_path: Path, browser: Browser) -> None:

@@ -78,7 +78,7 @@ def test_examples_of_a_channel_are_those_of_the_study(run: Run, ds: xr.Dataset) 
 
 def test_texts_of_examples_are_only_text() -> None:
     session = session_of(DATA / "demo.zarr")
-    row = {"sequence": 3, "position": 5, "before": EVIL, "token": EVIL, "after": EVIL}
+    row = {"sequence": 3, "position": 5, "start": 4, "before": EVIL, "token": EVIL, "after": EVIL}
     for text in (
         example(session, row, EVIL, strength=0.5),
         example(session, row, EVIL),
@@ -88,6 +88,10 @@ def test_texts_of_examples_are_only_text() -> None:
         assert "sequence=3" in text
         assert "pin=5" in text
     assert "--share:100%" in coloured_example(session, row, ["a"], [2.0], ""), "a strength has a largest value"
+    colours = coloured_example(session, row, ["a", "<|end|>", "b"], [1.0, 2.0, 0.0], "")
+    assert colours.count("wb-own") == 1, "one token is the example"
+    assert colours.index("wb-own") < colours.index("&lt;|end|&gt;") < colours.index("b</a>")
+    assert "wb-special'>&lt;|end|&gt;</span>" in example(session, row | {"after": "<|end|>"}, "")
 
 
 def test_direct_effects_are_those_that_are_stored_for_the_neuron(run: Run) -> None:

@@ -1,8 +1,10 @@
 """The overview's sentence, numbers, problems and answers agree with the run's tables and the studies' datasets."""
 
+from html import unescape
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from urllib.parse import parse_qs
 
 import numpy as np
 import pandas as pd
@@ -13,6 +15,8 @@ import workbench as wb
 from workbench.dashboards import expert_sections, overview
 from workbench.dashboards.session import Session
 from workbench.dashboards.state import RunRegistry, Selection
+from workbench.research.intervention import Intervention
+from workbench.research.recipe import Recipe
 
 
 def test_the_sentence_and_the_numbers_are_those_of_the_tables(demo_run: Path) -> None:
@@ -28,14 +32,15 @@ def test_the_sentence_and_the_numbers_are_those_of_the_tables(demo_run: Path) ->
 
 
 def test_problems_are_listed_and_none_is_said_only_where_there_is_none() -> None:
-    table = pd.DataFrame({"correct": [1, -1, -1], "flags": ["", "truncated", "irregular truncated"]})
+    flags, efforts = ["", "truncated", "irregular truncated"], ["low", "high", "low"]
+    table = pd.DataFrame({"correct": [1, -1, -1], "flags": flags, "effort": efforts})
     bad = SimpleNamespace(sequences=table, progress=(1, 3), exclusion="")
     told = overview.problems(bad)  # type: ignore[arg-type]
     for part in (
         "1 of 3 units",
         "2 of 3 conversations are not graded",
-        "2 conversations: truncated",
-        "1 conversation: ",
+        "2 of 3 conversations: truncated (low 1, high 1).",
+        "1 of 3 conversations: irregular (low 1).",
     ):
         assert part in told
     good = SimpleNamespace(sequences=table.assign(correct=1, flags=""), progress=(3, 3), exclusion="")
@@ -73,6 +78,8 @@ def test_an_answer_leads_to_the_cell_that_it_is_about(demo_run: Path) -> None:
     text = overview.answers(session, {"channels": {"routing": contrast("x")}})
     assert "50.0 % of routed slots in analysis" in text
     assert "theme=dark&amp;layer=3&amp;expert=7" in text
+    assert "'>Layer 3, expert 7</a>: 50.0 %" in text, "the sentence begins with the link"
+    assert "divided by the mean of the quantity in the layer" in text
     none = contrast("x")
     none["different"][:] = False
     assert "No difference was verified" in overview.answers(session, {"channels": {"routing": none}})
@@ -133,3 +140,37 @@ def test_the_gallery_has_the_strongest_example_of_each_expert_that_has_a_token()
     assert rows["label"].tolist() == ["first", "second"], "an expert without a token has no row"
     assert rows["example"].tolist() == ["x[c]", "y[b]"], "frame tokens are not examples"
     assert rows["final (× mean load)"].tolist() == [3.0, 4.0]
+
+
+def test_over_represented_tokens_are_those_whose_interval_excludes_zero() -> None:
+    """An interval that includes zero, or has no limits, leaves a token out; it is counted."""
+    rank = ("token_rank",)
+    values = {"log_odds": [2.0, 3.0, 5.0, 1.0], "log_odds_low": [1.0, -0.5, 2.5, np.nan]}
+    values |= {"log_odds_high": [3.0, 6.0, 7.0, np.nan]}
+    ds = xr.Dataset({f"token_{name}": (rank, np.array(v)) for name, v in values.items()})
+    texts = {"id": np.array([4, 5, 6, 7]), "text": np.array(["a", "b", "c", "d"])}
+    counts = {name: np.array([30, 31, 32, 33]) for name in ("count", "prompts")}
+    ds = ds.assign({f"token_{name}": (rank, v) for name, v in (texts | counts).items()})
+    rows, omitted = expert_sections.tokens_table(ds)
+    assert rows["token"].tolist() == ["c", "a"], "by the lower limit"
+    assert omitted == 2
+    shifted = ds.assign({f"token_log_odds{end}": ds[f"token_log_odds{end}"] + 1 for end in ("", "_low", "_high")})
+    assert len(expert_sections.tokens_table(shifted)[0]) == 3, "negative control: no interval includes zero"
+
+
+def test_the_link_to_live_is_a_recipe_that_forbids_the_expert(demo_run: Path) -> None:
+    registry = RunRegistry([demo_run], model="nano")
+    session = Session(registry, Selection({}), lambda: None)
+    parts = {"sequence": 5, "position": 1, "gate": 0.5, "before": "", "token": "a", "after": ""}
+    ds = xr.Dataset(
+        {f"top_{name}": (("channel", "example"), np.array([[value]])) for name, value in parts.items()},
+        {"channel": ["final"]},
+    )
+    (pane,) = expert_sections.forbid_link(session, ds, 1, 11)
+    query = parse_qs(unescape(pane.object.split("href='")[1].split("'")[0]).partition("?")[2])
+    recipe = Recipe.from_json(query["recipe"][0])
+    assert recipe.interventions == (Intervention(kind="forbid", cells=((1, 11),)),)
+    assert recipe.user in wb.open_run(demo_run).text(5)
+    assert recipe.effort == wb.open_run(demo_run).sequences.loc[5, "effort"]
+    without = Session(RunRegistry([demo_run]), Selection({}), lambda: None)
+    assert expert_sections.forbid_link(without, ds, 1, 11) == [], "negative control: a dashboard without a model"

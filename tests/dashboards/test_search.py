@@ -29,7 +29,7 @@ def test_tokens_of_a_selection_are_counted_in_it_alone(run: Run) -> None:
     hit = inside.to_numpy() & (mass > np.quantile(mass[inside.to_numpy()], 0.9))
     every = Counter(data["id"].values[mass > np.quantile(mass, 0.9)].tolist())
     chosen = Counter(data["id"].values[hit].tolist())
-    counted = {int(row["token"]): row["times"] for row in table.to_dict("records")}
+    counted = {int(row["token"]): row["occurrences"] for row in table.to_dict("records")}
     assert counted == {token: n for token, n in chosen.items() if n >= 5}
     assert counted != {token: n for token, n in every.items() if n >= 5}, "negative control: without the selection"
 

@@ -67,8 +67,9 @@ def test_what_cannot_be_read_is_named_and_what_is_hidden_or_linked_is_passed_ove
 def test_the_table_of_experiments_names_the_largest_effect_and_counts_intervals() -> None:
     table = results_pages.overview_table({"sink-ablation": {"sinks": effects("mine")}})
     row: dict[str, Any] = table.to_dict("records")[0]
-    assert row["largest effect"] == "-2"
-    assert row["95 % interval"] == "[-3, -1]"
+    assert row["largest effect"] == "-2.0"
+    assert row["95 % interval"] == "[-3.0, -1.0]"
+    assert row["at"] == str(effects("mine")["intervention"].values[0])
     assert row["intervals excluding zero"] == "1 of 2"
 
 
@@ -77,7 +78,7 @@ def test_an_effect_without_an_interval_is_not_the_largest() -> None:
     for limit in ("low", "high"):
         ds[limit][int(np.argmax(np.abs(ds["change"].values)))] = np.nan
     row: dict[str, Any] = results_pages.overview_table({"sink-ablation": {"sinks": ds}}).to_dict("records")[0]
-    assert row["largest effect"] != "-2", "a negative control is the test above: with its interval it is"
+    assert row["largest effect"] != "-2.0", "a negative control is the test above: with its interval it is"
     assert "nan" not in row["95 % interval"]
     assert row["intervals excluding zero"].endswith("of 1")
 
@@ -88,13 +89,13 @@ def test_each_measure_has_a_row_in_its_own_unit_and_effects_of_controls_have_non
     variables = {name: (cells, change + shift) for name, shift in (("change", 0.0), ("low", -0.05), ("high", 0.05))}
     ds = xr.Dataset(variables, {"measure": ["correct", "new tokens"]}, effects("mine").attrs)
     rows = results_pages.overview_table({"generated-answers": {"answers": ds}}).to_dict("records")
-    assert [(row["result"], row["largest effect"], row["unit"]) for row in rows] == [
-        ("answers: correct", "-0.2", "share of answers"),
-        ("answers: new tokens", "+30", "tokens"),
+    assert [(row["quantity"], row["largest effect"], row["unit"]) for row in rows] == [
+        ("correct", "-0.20", "share of answers"),
+        ("new tokens", "+30.00", "tokens"),
     ]
     with_controls = xr.concat([effects("mine"), effects("mine", shift=-50.0)], "which")
     row = results_pages.overview_table({"steering": {"direction": with_controls}}).to_dict("records")[0]
-    assert row["largest effect"] == "-2", "negative control: the control's own is -52"
+    assert row["largest effect"] == "-2.0", "negative control: the control's own is -52"
 
 
 def test_a_share_of_equal_answers_is_shown_as_the_share_of_changed_ones() -> None:
@@ -102,5 +103,18 @@ def test_a_share_of_equal_answers_is_shown_as_the_share_of_changed_ones() -> Non
     values = {"same": [0.7, 0.1], "same_low": [0.4, 0.05], "same_high": [0.9, 0.3]}
     ds = xr.Dataset({name: ("change", np.array(v)) for name, v in values.items()}, attrs={"units": "nat"})
     row = results_pages.overview_table({"chain-of-thought": {"cot": ds}}).to_dict("records")[0]
-    assert (row["largest effect"], row["95 % interval"]) == ("+0.9", "[+0.7, +0.95]")
+    assert (row["largest effect"], row["95 % interval"]) == ("+0.90", "[+0.70, +0.95]")
     assert (row["unit"], row["intervals excluding zero"]) == ("share of changed answers", "–")
+
+
+@pytest.mark.parametrize(
+    ("numbers", "texts"),
+    [
+        ((-3.65, -30.1, 2.78), ["-4", "-30", "+3"]),
+        ((0.00208, -0.0023, 0.0203), ["+0.002", "-0.002", "+0.020"]),
+        ((-1e-9, -0.01, 0.01), ["+0.000", "-0.010", "+0.010"]),
+    ],
+)
+def test_an_effect_has_the_digits_that_its_interval_allows(numbers: tuple[float, ...], texts: list[str]) -> None:
+    assert results_pages._rounded(*numbers) == texts
+    assert [f"{number:+.3g}" for number in numbers] != texts, "negative control: three digits of each"

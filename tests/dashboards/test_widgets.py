@@ -6,11 +6,24 @@ from workbench.dashboards import widgets
 
 
 def test_two_columns_of_long_texts_share_the_width() -> None:
-    rows = pd.DataFrame(
-        {"layer": [1, 2], "label": ["a" * 60, "b"], "example": ['<a href="x">' + "c" * 90 + "</a>", ""]}
-    )
+    rows = pd.DataFrame({"layer": [1, 2], "label": ["a" * 60, "b"], "example": ["<|end|>" + "c" * 90, ""]})
     widths = widgets._shared_width(rows, ["label", "example"])
     assert sum(float(width.rstrip("%")) for width in widths.values()) > 99.5
     assert float(widths["layer"].rstrip("%")) < float(widths["label"].rstrip("%"))
-    one = rows.assign(example='<a href="' + "x" * 90 + '">c</a>')
-    assert widgets._shared_width(one, ["label", "example"]) == {}, "negative control: an address is not seen"
+    one = rows.assign(example="c")
+    assert widgets._shared_width(one, ["label", "example"]) == {}, "negative control: all fit beside each other"
+
+
+def test_a_column_of_links_keeps_its_values_and_shows_no_address() -> None:
+    """Sorted as text, expert 10 would come before expert 2, and as HTML by the address."""
+    rows = pd.DataFrame({"expert": range(30), "load": [0.5] * 30})
+    addresses = [f"./experts?expert={n}" for n in range(30)]
+    drawn = widgets._long_table(rows, {"expert": addresses})
+    assert drawn.value["expert"].tolist() == list(range(30))
+    url, text = drawn.hidden_columns
+    assert drawn.value[url].tolist() == addresses
+    assert drawn.value[text].tolist() == [str(n) for n in range(30)], "the number 0 would be an empty link"
+    assert drawn.formatters["expert"] == {"type": "link", "urlField": url, "labelField": text}
+    few = widgets._plain_table(rows.head(2), {"expert": ["./a?b=1&c=2", ""]}).object
+    assert '<a href="./a?b=1&amp;c=2">0</a>' in few
+    assert "<td>1</td>" in few, "without an address there is no link"

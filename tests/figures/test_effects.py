@@ -33,7 +33,7 @@ def test_every_ablation_is_drawn_once_and_missing_ones_look_like_nothing_else(ab
     assert sure.z[0, 0] == -8
     assert (drawn.layout.coloraxis.cmin, drawn.layout.coloraxis.cmax) == (-8, 8)
     names = [trace.name for trace in drawn.data if trace.showlegend is not False]
-    assert "pale, hatched: not shown, as not: the interval excludes zero" in names
+    assert "pale, hatched: not shown to differ from 0 (shown where the interval excludes zero)" in names
     assert "checkpoint cccc" in drawn.layout.annotations[0].text
 
 

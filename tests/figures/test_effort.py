@@ -20,7 +20,10 @@ def cost() -> xr.Dataset:
 
 def test_points_are_the_means_and_bars_their_intervals(cost: xr.Dataset) -> None:
     grey, low, high = effort.accuracy_by_tokens(cost).data
-    assert (grey.mode, list(grey.y)) == ("lines", [20, 60])
+    assert (grey.mode, list(grey.y)) == ("lines+text", [20, 60])
+    assert grey.text[-1] == grey.name
+    flat = effort.accuracy_by_tokens(cost.assign(accuracy=cost["accuracy"] * 0 + 0.5)).data[0]
+    assert flat.mode == "lines", "negative control: a task that does not change has no name in the figure"
     assert (low.name, low.x[0], low.y[0]) == ("low", 10, 40)
     assert (high.name, high.x[0], high.y[0]) == ("high", 50, 80)
     for point in (low, high):

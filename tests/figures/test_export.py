@@ -11,7 +11,7 @@ import pytest
 from choreographer.browsers.chromium import Chromium
 
 from workbench.errors import InputError, JobError
-from workbench.figures import export, routing
+from workbench.figures import export, paper, routing
 from workbench.studies.synthetic import planted_run
 
 MAGIC = {"svg": b"<svg", "pdf": b"%PDF-", "png": b"\x89PNG\r\n\x1a\n"}
@@ -86,6 +86,23 @@ def test_images_without_kaleido_are_refused_with_the_remedy(one, tmp_path, monke
     monkeypatch.setitem(sys.modules, "kaleido", None)
     with pytest.raises(InputError, match=r"need kaleido; install gpt-oss-workbench\[figures\], or ask for html"):
         export.write(*one, tmp_path / "out", ("pdf",))
+
+
+def test_images_without_kaleido_are_refused_before_the_studies(tmp_path, monkeypatch):
+    """Negative control: with kaleido, and for HTML without it, the studies begin."""
+
+    def begun(*args):
+        raise JobError("the studies began")
+
+    monkeypatch.setattr(paper, "figures_of_run", begun)
+    run = planted_run(seed=4, n_prompts=6)
+    with pytest.raises(JobError, match="the studies began"):
+        export.write_all(run, tmp_path, ("html", "png"))
+    monkeypatch.setitem(sys.modules, "kaleido", None)
+    with pytest.raises(InputError, match=r"^png need kaleido; install gpt-oss-workbench\[figures\], or ask for html"):
+        export.write_all(run, tmp_path, ("html", "png"))
+    with pytest.raises(JobError, match="the studies began"):
+        export.write_all(run, tmp_path, ("html",))
 
 
 @pytest.mark.parametrize("formats", [("jpg",), ("svg", "eps"), ()])

@@ -3,7 +3,7 @@
 import numpy as np
 import plotly.graph_objects as go
 
-from workbench.figures.heatmap import CELL_HEIGHT, LayerHeatmap, points_between
+from workbench.figures.heatmap import CELL_HEIGHT, LayerHeatmap, points_between, scale_limit
 from workbench.figures.template import THEMES
 
 LAYERS, EXPERTS = np.arange(3), np.arange(4)
@@ -43,13 +43,23 @@ def test_differences_that_are_not_shown_are_pale_and_hatched() -> None:
     shown = np.array([[True, True, False, False]] * 3)
     drawn = heatmap()
     drawn.differences(values, shown, DETAIL, "", 1.0, "q is above 0.05")
-    drawn.clipped(values, 1.0)
     figure = drawn.finish_differences("expert", 1.0, {})
     assert signs(figure, "line-ne") == {(layer, 2) for layer in range(3)}
     assert signs(figure, "x-thin") == {(layer, 3) for layer in range(3)}
     assert signs(figure, "triangle-down") == {(layer, 1) for layer in range(3)}
     assert signs(figure, "triangle-up") == set()
     assert (figure.layout.coloraxis.cmin, figure.layout.coloraxis.cmax) == (-1.0, 1.0)
+
+
+def test_clipped_cells_are_marked_whether_or_not_they_are_shown() -> None:
+    values = np.array([[1.0, -3.0, 0.1, -0.4]] * 3)
+    drawn = heatmap()
+    drawn.differences(values, values > 0, DETAIL, "", 0.5, "q is above 0.05")
+    figure = drawn.finish_differences("expert", 0.5, {})
+    assert signs(figure, "triangle-up") == {(layer, 0) for layer in range(3)}
+    assert signs(figure, "triangle-down") == {(layer, 1) for layer in range(3)}, "marked where it is not shown, too"
+    legend = [trace.name for trace in figure.data if (trace.name or "").startswith("clipped")]
+    assert legend == ["clipped: above +0.5", "clipped: below −0.5"], "each once in the legend"
 
 
 def test_layer_zero_is_on_top_and_rows_keep_a_readable_height() -> None:
@@ -72,3 +82,15 @@ def test_a_long_title_of_a_colour_bar_has_two_lines() -> None:
     long = points_between("final at low effort", "final at high effort")
     assert long == "points, final at low effort<br>− final at high effort"
     assert max(map(len, long.split("<br>"))) < 40 < len(long), "negative control: one line is longer than the bar"
+
+
+def test_the_scale_reaches_what_is_shown_and_most_of_what_is_not() -> None:
+    points = np.array([[1.0, -8.0, 0.5, np.nan]] * 10)
+    nothing = np.zeros(points.shape, dtype=bool)
+    assert scale_limit(points, nothing) == 8.0, "a third of the cells is that far from zero"
+    assert scale_limit(points, points == 1.0) == 8.0
+    single = np.zeros((10, 10))
+    single[0, 0] = -8.0
+    assert scale_limit(single, single < 0) == 8.0, "negative control: it is shown"
+    assert scale_limit(single, single > 0) == 0.1, "one cell that is not shown has no say"
+    assert scale_limit(points * np.nan, nothing) == 0.1

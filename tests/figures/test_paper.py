@@ -15,6 +15,7 @@ import pytest
 import workbench as wb
 from tests.conftest import DATA
 from tests.figures.conftest import shared_studies
+from workbench import studies
 from workbench.errors import InputError
 from workbench.figures import export, paper, routing
 from workbench.figures.template import THEMES
@@ -32,6 +33,12 @@ def figures():
     return drawn
 
 
+@pytest.fixture(scope="module")
+def screens(figures):
+    """Every figure as it is on a screen, drawn once; read only."""
+    return {name: drawing.draw() for name, drawing in figures.items()}
+
+
 def points(figure):
     """Sizes of all type in a figure, in points of 1/72 inch."""
     plain = figure.to_dict()
@@ -41,9 +48,8 @@ def points(figure):
 
 
 @pytest.mark.parametrize("column", ["single", "double"])
-def test_a_figure_is_as_wide_as_a_column_in_seven_point_type(figures, column):
-    for name, drawing in figures.items():
-        screen = drawing.draw()
+def test_a_figure_is_as_wide_as_a_column_in_seven_point_type(screens, column):
+    for name, screen in screens.items():
         fitted = paper.fit(screen, column)
         assert fitted.layout.width / 96 * 25.4 == pytest.approx(paper.MM[column], abs=0.2), name
         assert fitted.layout.title.text is None
@@ -53,7 +59,7 @@ def test_a_figure_is_as_wide_as_a_column_in_seven_point_type(figures, column):
         assert sizes
         assert sizes == pytest.approx([7] * len(sizes))
         assert screen.layout.title.text  # what was given is not changed
-    screen = points(next(iter(figures.values())).draw())
+    screen = points(next(iter(screens.values())))
     assert screen
     assert screen != pytest.approx([7] * len(screen))
 
@@ -104,26 +110,34 @@ def test_the_same_run_gives_the_same_bytes(figures, tmp_path):
 
 
 def in_this_process(script, *arguments):
-    """The exit code and the standard error of a script that ends before it draws anything."""
-    errors = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors):
+    """The exit code and the standard error of a script, with the shared results of the studies of the demo run."""
+    errors, code = io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(errors), shared_studies():
         patch.setattr(sys, "argv", [str(script), *arguments])
-        with pytest.raises(SystemExit) as left:
+        patch.setattr(studies, "run_study", paper.run_study)
+        try:
             runpy.run_path(str(script), run_name="__main__")
-        if isinstance(left.value.code, str):  # what Python does at the end of a process
-            print(left.value.code, file=sys.stderr)
-    return left.value.code if isinstance(left.value.code, int) else 1, errors.getvalue()
+        except SystemExit as left:
+            code = left.code if isinstance(left.code, int) else 1
+            if isinstance(left.code, str):  # what Python does at the end of a process
+                print(left.code, file=sys.stderr)
+    return code, errors.getvalue()
+
+
+def in_its_own_process(script, *arguments):
+    """The exit code and the standard error of a script as a user starts it."""
+    done = subprocess.run([sys.executable, str(script), *arguments], capture_output=True, text=True, check=False)
+    return done.returncode, done.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.browser
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.stem)
 def test_a_script_makes_its_figure_and_states_how_it_is_used(script, tmp_path):
-    command = [sys.executable, str(script)]
-    done = subprocess.run(
-        [*command, str(DATA / "demo.zarr"), str(tmp_path), "pdf"], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    """The first in a process of its own; the others here, where nothing is imported or computed a second time."""
+    start = in_its_own_process if script == SCRIPTS[0] else in_this_process
+    code, errors = start(script, str(DATA / "demo.zarr"), str(tmp_path), "pdf")
+    assert code == 0, errors
     made = {path.suffix for path in tmp_path.iterdir()}
     assert made == {".pdf", ".csv", ".txt", ".json", ".md"}
     assert all(path.read_bytes().startswith(b"%PDF-") for path in tmp_path.glob("*.pdf"))

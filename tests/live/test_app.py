@@ -124,3 +124,34 @@ def test_prompt_forbid_compare_and_copy(url: str, tmp_path: Path) -> None:
         )
         broken = Session(browser, f"{url}?{urlencode({'recipe': json.dumps({'recipe': 1, 'users': '<b>x'})})}")
         expect(broken.page.get_by_text("'users' is unknown")).to_be_visible(timeout=LONG)
+
+
+@pytest.mark.slow
+def test_what_a_button_did_is_shown_beside_it(url: str) -> None:
+    """Continue shows what came before, Edit opens the field, and a refusal of the recipe is below its buttons."""
+    with launched() as browser:
+        session = Session(browser, url)
+        page = session.page
+        page.get_by_label("New tokens").fill("12", timeout=LONG)
+        page.get_by_label("New tokens").press("Tab")
+        page.get_by_role("button", name="Run", exact=True).click()
+        expect(page.get_by_text("cut off after 12 new tokens")).to_be_visible(timeout=LONG)
+        before = page.locator(".lv-text").first.inner_text()
+        expect(page.locator(".lv-given")).to_have_count(0)
+        page.get_by_role("button", name="Continue", exact=True).click()
+        expect(page.locator(".lv-given").first).to_be_visible(timeout=LONG)
+        expect(page.get_by_text("cut off after 12 new tokens")).to_be_visible(timeout=LONG)
+        after = page.locator(".lv-text").first.inner_text()
+        assert (after[: len(before)], len(after) > len(before)) == (before, True)
+        field = page.get_by_label("Beginning of the answer")
+        expect(field).to_be_hidden()
+        page.get_by_role("button", name="Edit the answer").click()
+        expect(field).to_be_visible(timeout=LONG)
+        expect(field).to_have_value(f"<|channel|>analysis<|message|>{after}", timeout=LONG)
+        study = page.get_by_role("button", name="Copy as a study")
+        study.click()
+        refused = page.get_by_text("there is no intervention to test")
+        expect(refused).to_be_visible(timeout=LONG)
+        button, text = (one.evaluate("e => e.getBoundingClientRect().top") for one in (study, refused))
+        assert 0 < text - button < 200
+        assert (session.errors, session.foreign) == ([], [])

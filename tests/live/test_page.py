@@ -126,6 +126,58 @@ def test_an_answer_is_continued_and_edited(nano: GptOss, server: ModelServer) ->
     assert shown.recipe().begin == shown._begin.value
 
 
+def test_a_continued_answer_shows_its_beginning_and_another_message_removes_it(server: ModelServer) -> None:
+    shown, _ = page(server, replace(RECIPE, max_new_tokens=6))
+    shown.run()
+    finish(shown)
+    assert "The original answer was cut off after 6 new tokens" in shown._status.object
+    first = shown._answers[0].object
+    shown.continue_answer()
+    finish(shown)
+    assert shown._answers[0].object.count("lv-given") == first.count('title="token')
+    assert "lv-given" not in first, "negative control: nothing was given"
+    shown._user.value = "3*4"
+    assert shown._begin.value == ""
+    shown.run()
+    finish(shown)
+    shown.edit_answer()
+    assert not shown._more.collapsed
+    assert "Beginning of the answer" in shown._status.object
+    edited = shown._begin.value
+    shown._user.value = "5*5"
+    assert shown._begin.value == edited, "what the viewer edits stays"
+
+
+def test_empty_fields_and_prompts_without_room_are_refused(server: ModelServer) -> None:
+    shown, _ = page(server)
+    for widget, text in ((shown._tokens, "New tokens is empty"), (shown._temperature, "Temperature is empty")):
+        before, widget.value = widget.value, None
+        shown.run()
+        assert text in shown._status.object
+        widget.value = before
+    shown._user.value = " "
+    shown.run()
+    assert "the user message is empty" in shown._status.object
+    shown._user.value = "12+7" * 300
+    shown.run()
+    assert "the context of the model holds 1,024" in shown._status.object
+    shown._user.value = "12+7"
+    shown.run()
+    finish(shown)
+    assert "Done." in shown._status.object, "negative control: a prompt that fits is answered"
+    shown._study.clicks += 1
+    assert "there is no intervention to test" in shown._recipe_status.object
+
+
+def test_the_usual_questions_are_the_defaults_of_cards(server: ModelServer) -> None:
+    shown, _ = page(server)
+    shown._add_intervention("knockout")
+    shown._add_intervention("patch")
+    knockout, patch = shown.recipe().interventions
+    assert (knockout.scope.channel, knockout.keys.channel) == (("final",), ("analysis",))
+    assert patch.source_effort == "high"
+
+
 def test_an_answer_becomes_a_turn_of_the_conversation(nano: GptOss, server: ModelServer) -> None:
     shown, _ = page(server, replace(RECIPE, effort="low", expected="19"))
     shown.next_turn()
@@ -166,6 +218,7 @@ def test_cards_of_vectors_are_offered_where_the_server_has_some(nano: GptOss, se
         assert {"vector", "feature"} & shown._add.keys() == {"vector"}
         shown._add_intervention("vector")
         shown._add_intervention("patch")
+        shown._cards[1]._effort.value = "same"
         shown.run()
         assert "names no other prompt" in shown._status.object
         shown._cards[1]._source.value = "34+5"
@@ -187,7 +240,7 @@ def test_a_recipe_is_loaded_from_a_file_and_a_broken_one_refused(server: ModelSe
     assert shown.recipe() == recipe
     assert remembered == [recipe]
     shown._load.value = b'{"recipe": 1, "user": 3}'
-    assert "user is 3, expected str" in shown._status.object
+    assert "user is 3, expected str" in shown._recipe_status.object
     assert shown.recipe() == recipe
     assert Recipe.from_json(shown._recipe_file().getvalue()) == recipe
 

@@ -23,6 +23,7 @@ class Finished:
     prompt: list[int]
     model: Any
     recipe: Recipe = field(default_factory=Recipe)
+    n_begin: int = 0
     unmatched: list[str] = field(default_factory=lambda: [HOSTILE])
 
 
@@ -52,6 +53,18 @@ def test_an_answer_is_shown_by_message_and_as_text() -> None:
     assert "--wb-bad) 22%" in first
     assert text.count("color-mix") == 1, "tokens without a change have no colour"
     assert "lv-first" not in answer_html(experiment, answer, "dark")
+
+
+def test_what_an_answer_begins_with_is_grey() -> None:
+    experiment, answer = finished("<|channel|>analysis<|message|>one two three<|end|>")
+    begin = answer.tokens[:4]
+    experiment.prompt, experiment.n_begin = [*experiment.prompt, *begin], len(begin)
+    answer.rows[0] = answer.tokens[4:]
+    text = answer_html(experiment, answer, "light")
+    assert text.count("lv-given") == 1, "of the beginning, one token is text"
+    assert text.index("lv-given") < text.index('title="token 0')
+    experiment.n_begin = 0
+    assert "lv-given" not in answer_html(experiment, answer, "light"), "negative control"
 
 
 def test_characters_of_several_tokens_are_complete() -> None:

@@ -17,11 +17,11 @@ ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # Notebook → a text of its cells → what stands there in a test without --long: the same cells with fewer sequences.
 LESS_WORK = {
-    "causal": {"sequences=60": "sequences=36"},
+    "causal": {"sequences=60": "sequences=30"},
     "methods": {"sequences=60, conversations=3": "sequences=15, conversations=1"},
     "experts": {
-        '["task"] == task][:8]': '["task"] == task][:4]',
-        "sums[::3]": "sums[::2]",
+        '["task"] == task][:8]': '["task"] == task][:2]',
+        "sums[::3]": "sums",
         'load_matched(cell["share"].values, top, 20)': 'load_matched(cell["share"].values, top, 4)',
         '["task"] == task][-6:]]\n    ways': '["task"] == task][-2:]]\n    ways',
     },

@@ -192,6 +192,10 @@ def dashboard(
     run: Annotated[str, typer.Argument(help="Run to show, such as one that `bench reading` wrote.")],
     rounds: Annotated[int, typer.Option(min=1, help="Measurements of each page.")] = 3,
     sessions: Annotated[int, typer.Option(min=1, help="Sessions that change a selection at the same time.")] = 5,
+    results: Annotated[
+        Path | None,
+        typer.Option(help="Folder in which results of studies are kept for another measurement. [default: none]"),
+    ] = None,
     out: Json = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -199,7 +203,7 @@ def dashboard(
     save = _output(out, overwrite)
     from workbench.bench.dashboard import run as measure
 
-    save(measure(run, rounds, sessions))
+    save(measure(run, rounds, sessions, results))
 
 
 @app.command()

@@ -36,6 +36,8 @@ PAGES = {
     "effort": "Accuracy vs. reasoning length",
     "transcript": "Expected",
 }
+# what the first visitor sees while a study of the run is made
+FIRST = PAGES | {"effort": "Statistical tests"}
 CHANGES = {
     "experts": [
         ("button", "low", "uniform: analysis, low"),
@@ -43,13 +45,15 @@ CHANGES = {
         ("Channel", "final", "uniform: final, high"),
         ("Layer", "7", "Layer 7,"),
     ],
-    "sinks": [("Channel", "prompt", "attention: prompt"), ("Layer", "11", "Layer 11,")],
+    "sinks": [("Channel", "prompt", "=Sink attention: prompt"), ("Layer", "11", "Layer 11,")],
     "effort": [("Task", "task 3", "length: task 3")],
     "transcript": [("button", "next ›", "Expected")],
 }
+_MOST_MS = 120_000  # for a page
 _SEES = """
 text => { let found = false; const walk = root => { if (found) return; for (const e of root.querySelectorAll('*')) {
-  for (const n of e.childNodes) if (n.nodeType === 3 && n.data.includes(text)) { found = true; return; }
+  for (const n of e.childNodes) if (n.nodeType === 3
+    && (text[0] === '=' ? n.data.trim() === text.slice(1) : n.data.includes(text))) { found = true; return; }
   if (e.shadowRoot) walk(e.shadowRoot); } }; walk(document); return found; }
 """
 # changes a widget as a person does, and waits until the text that this brings is on the page
@@ -61,6 +65,7 @@ async ([kind, value, text]) => {{
     for (const e of root.querySelectorAll('*')) {{ all.push(e); if (e.shadowRoot) walk(e.shadowRoot); }}
   }};
   walk(document);
+  if (value !== 'next ›' && sees(text)) return -1;
   const before = all.filter(e => e.tagName === 'IFRAME').map(e => e.srcdoc.length + e.srcdoc.slice(9000, 12000)).join();
   const start = performance.now();
   if (kind === 'button') all.filter(e => e.tagName === 'BUTTON' && e.textContent.trim() === value)[0].click();
@@ -87,8 +92,8 @@ async ([kind, value, text]) => {{
 """
 
 
-def run(path: str, rounds: int, sessions: int) -> dict[str, Any]:
-    """Measure the dashboard and print the results.
+def run(path: str, rounds: int, sessions: int, results: Path | None = None) -> dict[str, Any]:
+    """Measure the dashboard and print the results. results: where those of studies are stored for another time.
 
     Raises:
         InputError: Chromium or playwright is not installed.
@@ -101,36 +106,40 @@ def run(path: str, rounds: int, sessions: int) -> dict[str, Any]:
     except ImportError as error:
         raise InputError("playwright is not installed: pip install gpt-oss-workbench[dev]") from error
     del playwright
+    before = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as cache:
         server, url = _serve(path, cache)
         try:
-            first = asyncio.run(_pages(url, chromium, rounds=1))
+            first = asyncio.run(_pages(url, chromium, FIRST, rounds=1))
         finally:
             _stop(server)
-        made = _studies(path, Path(cache) / "gpt-oss-workbench" / "studies")
-        server, url = _serve(path, cache)
+        later = str(results or cache)
+        _make_studies(path, Path(later) / "gpt-oss-workbench" / "studies")
+        server, url = _serve(path, later)
         try:
-            again = asyncio.run(_pages(url, chromium, rounds))
-            one = asyncio.run(_changes(url, chromium, rounds, 1))
+            again = asyncio.run(_pages(url, chromium, PAGES, rounds))
+            one = _medians(asyncio.run(_changes(url, chromium, rounds, 1)))
             many = asyncio.run(_changes(url, chromium, rounds, sessions))
+            at_once, slowest = _medians(many), {name: max(values) for name, values in many.items()}
             peak = _peak(server.pid)
         finally:
             _stop(server)
+    load = [round(before, 1), round(os.getloadavg()[0], 1)]
     result = {
         "machine": processor(),
+        "load_average": load,
         "first_visit_s": first,
         "page_s": again,
         "change_s": one,
-        f"change_of_{sessions}_s": many,
-        "studies_s": made,
+        f"change_of_{sessions}_s": at_once,
+        "slowest_change_s": slowest,
         "server_peak_gb": peak,
     }
     show("pages", ["page", "first session, s", "later, s"], [[p, f"{first[p]:.2f}", f"{again[p]:.2f}"] for p in first])
-    rows = [[name, f"{one[name]:.3f}", f"{many[name]:.3f}", f"{many[name] / one[name]:.1f}"] for name in one]
-    both = [statistics.median(kind.values()) for kind in (one, many)]
-    rows.append(["median", f"{both[0]:.3f}", f"{both[1]:.3f}", f"{both[1] / both[0]:.1f}"])
-    show("changes of selection", ["page and widget", "one, s", f"{sessions} at once, s", "ratio"], rows)
-    show("studies, made beside", ["study", "s"], [[name, f"{s:.0f}"] for name, s in made.items()])
+    kinds = (one, at_once, slowest)
+    rows = [[name, *(f"{kind[name]:.3f}" for kind in kinds)] for name in one]
+    rows.append(["median", *(f"{statistics.median(kind.values()):.3f}" for kind in kinds)])
+    show("changes of selection", ["page and widget", "one, s", f"{sessions} at once, s", "slowest of them, s"], rows)
     print(f"the server's peak: {peak:.2f} GB")
     return result
 
@@ -164,34 +173,30 @@ def _peak(pid: int) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e9
 
 
-def _studies(path: str, cache: Path) -> dict[str, float]:
-    """Make every study, as visitors' pages do, and how long each took."""
+def _make_studies(path: str, cache: Path) -> None:
+    """Make the studies that the pages show, as the first visitors do; `bench studies` measures them."""
     registry = RunRegistry([path], cache=cache)
-    seconds = {}
-    for study in (record.name for record in studies(runs=1)):
-        start = time.monotonic()
-        ask = registry.study(study, registry.names[0])
-        while (answer := ask()).datasets is None and not answer.reason:
-            time.sleep(0.2)
-        seconds[study] = time.monotonic() - start
+    pages = {record.name: record.page or record.name for record in studies(runs=1)}
+    asks = [registry.study(name, registry.names[0]) for name, page in pages.items() if page in PAGES]
+    while any((answer := ask()).datasets is None and not answer.reason for ask in asks):
+        time.sleep(0.2)
     registry.jobs.close()
-    return seconds
 
 
-async def _pages(url: str, chromium: str, rounds: int) -> dict[str, float]:
+async def _pages(url: str, chromium: str, pages: dict[str, str], rounds: int) -> dict[str, float]:
     """Seconds from the address to what the page is for, a fresh visitor each; median."""
     from playwright.async_api import async_playwright
 
     seconds = {}
     async with async_playwright() as p:
         browser = await p.chromium.launch(executable_path=chromium, args=FLAGS)
-        for page, text in PAGES.items():
+        for page, text in pages.items():
             times = []
             for _ in range(rounds):
                 visitor = await browser.new_page(viewport={"width": 1280, "height": 900})
                 start = time.monotonic()
-                await visitor.goto(f"{url}/{page}")
-                await visitor.wait_for_function(_SEES, arg=text, timeout=60_000)
+                await visitor.goto(f"{url}/{page}", timeout=_MOST_MS)
+                await visitor.wait_for_function(_SEES, arg=text, timeout=_MOST_MS)
                 times.append(time.monotonic() - start)
                 await visitor.close()
             seconds[page] = statistics.median(times)
@@ -199,8 +204,12 @@ async def _pages(url: str, chromium: str, rounds: int) -> dict[str, float]:
     return seconds
 
 
-async def _changes(url: str, chromium: str, rounds: int, sessions: int) -> dict[str, float]:
-    """Return the median seconds from a change of selection to the new page, by change, in concurrent sessions."""
+def _medians(times: dict[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+async def _changes(url: str, chromium: str, rounds: int, sessions: int) -> dict[str, list[float]]:
+    """Return the seconds from a change of selection to the new page, by change, of all concurrent sessions."""
     from playwright.async_api import async_playwright
 
     times: dict[str, list[float]] = {}
@@ -210,16 +219,18 @@ async def _changes(url: str, chromium: str, rounds: int, sessions: int) -> dict[
             for _ in range(rounds):
                 visitors = [await browser.new_page(viewport={"width": 1280, "height": 900}) for _ in range(sessions)]
                 for visitor in visitors:
-                    await visitor.goto(f"{url}/{page}")
-                    await visitor.wait_for_function(_SEES, arg=PAGES[page], timeout=60_000)
+                    await visitor.goto(f"{url}/{page}", timeout=_MOST_MS)
+                    await visitor.wait_for_function(_SEES, arg=PAGES[page], timeout=_MOST_MS)
                     await visitor.wait_for_timeout(3000)  # what comes later has come
                 for change in changes:
                     took = await asyncio.gather(*(visitor.evaluate(_CHANGE, list(change)) for visitor in visitors))
                     if None in took:
                         raise InputError(f"{page}: {change[0]} {change[1]} did not show {change[2]!r} within 30 s")
+                    if min(took) < 0:
+                        raise InputError(f"{page}: {change[2]!r} is shown before {change[0]} {change[1]} is changed")
                     times.setdefault(f"{page}: {change[0]} {change[1]}", []).extend(took)
                     await visitors[0].wait_for_timeout(1200)
                 for visitor in visitors:
                     await visitor.close()
         await browser.close()
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times

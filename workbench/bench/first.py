@@ -48,6 +48,12 @@ STEPS = (
     ),
     Step("capture", "the same records with blocking launches, on cuda:1 and on two GPUs", f"{_MODULE}:capture", 240),
     Step("kernels", "every kernel against float64, also with 24 and 128 experts", f"{_MODULE}:kernels", 300),
+    Step(
+        "experiments",
+        "six experiments with nano against the CPU",
+        "workbench.bench.first_experiments:experiments",
+        240,
+    ),
     Step("sanitizer", "compute-sanitizer on a small forward and backward pass", f"{_MODULE}:sanitizer", 240),
     Step("profile", "the kernels of two layers of gpt-oss-20b, in one decode step", f"{_MODULE}:profile", 120),
     Step("memory", "weights and a pass of gpt-oss-120b's layers against the plan", f"{_MODULE}:memory", 180),

@@ -101,8 +101,10 @@ def variants(device: str) -> dict[str, Any]:
         raise JobError(f"passes on {device} differ from plain ones by more than {_TOLERANCE}, relatively: {wrong}")
     if changed := _changed_by_hooks(wb.load("nano", device=device, dtype=torch.bfloat16), a):
         raise JobError(f"recording changes the logits in bfloat16 on {device}: {', '.join(changed)}")
+    _compare_recorder(model, a)
     _compare_quantisation(device)
-    return {"relative_errors": errors, "allowed": _TOLERANCE, "hooked": "bit for bit", "quantise": "bit for bit"}
+    equal = dict.fromkeys(("hooked", "recorder", "quantise"), "bit for bit")
+    return {"relative_errors": errors, "allowed": _TOLERANCE, **equal}
 
 
 def _two_rows(model: Any, a: Tensor, b: Tensor) -> Tensor:
@@ -133,6 +135,22 @@ def _changed_by_hooks(model: Any, tokens: Tensor) -> list[str]:
             if not torch.equal(model.run_with_hooks(tokens, fwd_hooks=hooks), plain):
                 changed.append(kind)
     return changed
+
+
+def _compare_recorder(model: Any, tokens: Tensor) -> None:
+    """Record three passes, which are copied while the next is computed, and compare with the values themselves."""
+    from workbench.hooks.recorders import Recorder
+
+    names = [f"blocks.{layer}.hook_resid_post" for layer in range(model.cfg.n_layers)]
+    recorder = Recorder(dict.fromkeys(names, torch.float32))
+    with torch.no_grad():
+        with model.hooks(fwd_hooks=recorder.fwd_hooks):
+            for _ in range(3):
+                model(tokens)
+        taken = recorder.take()
+        _, cache = model.run_with_cache(tokens, names_filter=names)
+    if wrong := [name for name in names if not torch.equal(taken[name], cache[name][0].cpu().repeat(3, 1))]:
+        raise JobError(f"what a recorder has copied from {tokens.device} differs from the activations: {wrong}")
 
 
 def _compare_quantisation(device: str) -> None:

@@ -10,12 +10,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from workbench.bench.timing import Clock, Limits
-from workbench.capture.recording import parse, wanted
-from workbench.hooks.recorders import Recorder
+from workbench.capture.record_buffers import Buffers
+from workbench.capture.recording import parse
 from workbench.model.cache import KVCache
 from workbench.model.config import GROUP, Config
 from workbench.model.decode_graph import DecodeStep
@@ -127,14 +128,17 @@ def _distinct(model: GptOss, forward: Callable[[], object]) -> float:
 
 
 def _prefill(clock: Clock, model: GptOss, tokens: int) -> tuple[float, float, float]:
-    """Seconds plain and with routing and sinks recorded, and the experts hit in a layer."""
+    """Seconds plain and with routing and sinks recorded as a capture does, and the experts hit in a layer."""
     row = _tokens(model, 1, tokens)
-    recorder = Recorder(wanted(parse(["routing", "sinks"], model.cfg), model.cfg))
+    buffers = Buffers(parse(["routing", "sinks"], model.cfg), model.cfg, tokens, pinned=model.device.type == "cuda")
+    labels = np.zeros(tokens, dtype=np.int64)
 
     def recorded() -> None:
-        with model.hooks(fwd_hooks=recorder.fwd_hooks):
+        buffers.start(labels, labels, labels, {})
+        buffers.begin(tokens)
+        with model.hooks(fwd_hooks=buffers.fwd_hooks):
             model.residual(row)
-        recorder.take()
+        buffers.take()
 
     def plain() -> None:
         model.residual(row)

@@ -36,8 +36,9 @@ _SAMPLE_S = 20  # of computing a sample of the job
 _SAMPLE_BYTES = 256 * 2**20  # of its records before compression
 _SPARE = 1.1  # a plan is refused unless the disk has this many times what is expected
 # One H100: two operations a parameter in use, at 30 % of its 989 bfloat16 TFLOP/s: 41,000 tokens/s for gpt-oss-20b and
-# 29,000 for 120b. Passes of 8,192 tokens with random weights took 52,400 and 27,200, and 16 % more time when recorded,
-# see docs/benchmarks.md. Compression and writing at 1 GB/s, of which `workbench bench store` measured 1.2 on two cores.
+# 29,000 for 120b. Passes of 8,192 tokens with random weights ran at 52,000 and 26,800, and took 1 % more time when
+# routing and sinks were recorded, see docs/benchmarks.md. Compression and writing at 1 GB/s, of which
+# `workbench bench store` measured 1.2 on two cores.
 _H100_FLOPS = 0.3 * 989e12
 _WRITTEN_BYTES_PER_S = 1e9
 

@@ -198,6 +198,7 @@ def dashboard(
     from workbench.runs import open_run
 
     server = ModelServer(load_model(model, device, dtype, None), model)
+    server.warm_up()
     digest = server.model.checkpoint.digest
     if others := [path for path in runs if open_run(path).checkpoint["digest"] != digest]:
         print(f"note: {', '.join(others)} was captured from another checkpoint than {model}", file=sys.stderr)

@@ -10,7 +10,7 @@ import xarray as xr
 
 from workbench.counting import count_of
 from workbench.figures.gallery import Gallery, GalleryItem, numbers
-from workbench.figures.heatmap import LayerHeatmap, points_between
+from workbench.figures.heatmap import LayerHeatmap, points_between, scale_limit
 from workbench.figures.template import THEMES, ThemeName, apply_theme
 from workbench.studies.result import tables
 
@@ -24,7 +24,7 @@ def heatmap(ds: xr.Dataset, control: str = "position", *, theme: ThemeName = "li
     cell = ds.sel(control=control)
     kind = str(cell["difference"].dims[1])
     points, different = 100 * cell["difference"].values, cell["different"].values
-    limit = float(np.abs(points[different]).max(initial=0.1))
+    limit = scale_limit(points, different)
     detail = np.stack(
         [100 * cell[n].values for n in ("difference", "low", "high", "mean_a", "mean_b")] + [cell["q"].values], -1
     )

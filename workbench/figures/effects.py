@@ -22,14 +22,10 @@ def ablation_heatmap(ds: xr.Dataset, group: str, *, clip: float | None = None, t
         "%{customdata[3]:.1f} % of slots<extra></extra>"
     )
     grid = LayerHeatmap(cell["layer"].values, cell["expert"].values, colours)
-    grid.differences(change, sure, detail, hover, limit, f"not shown, as not: {rule}")
-    grid.clipped(change, limit)
+    grid.differences(change, sure, detail, hover, limit, f"not shown to differ from 0 (shown where {rule})")
     bar = {"title": {"text": "nats a sequence"}}
     figure = grid.finish_differences("expert", limit, bar)
-    subtitle = (
-        f"{ds.attrs['study']}; change of log-probability; {ds.attrs['rests_on']} in all; hatched: the 95 % interval "
-        "includes zero"
-    )
+    subtitle = f"{ds.attrs['study']}; change of log-probability; {ds.attrs['rests_on']} in all"
     title = f"Expert ablation: {group}"
     return apply_theme(figure, colours, ds, title=title, subtitle=subtitle, height=grid.height)
 

@@ -3,12 +3,15 @@
 from collections.abc import Mapping
 from functools import partial
 
+import numpy as np
 import plotly.graph_objects as go
 import xarray as xr
 
 from workbench.figures import contrast
 from workbench.figures.gallery import Gallery, GalleryItem, numbers
 from workbench.figures.template import MARKERS, THEMES, ThemeName, apply_theme
+
+_CHANGES = 5  # points of accuracy: the lines of tasks that change more have their name, the others lie on each other
 
 
 def accuracy_by_tokens(ds: xr.Dataset, task: str = "all", *, theme: ThemeName = "light") -> go.Figure:
@@ -18,11 +21,16 @@ def accuracy_by_tokens(ds: xr.Dataset, task: str = "all", *, theme: ThemeName = 
     for other in map(str, ds["task"].values) if task == "all" else ():
         cell = ds.sel(task=other)
         if other != "all":
+            accuracy = 100 * cell["accuracy"].values
+            changes = np.nanmax(accuracy, initial=-np.inf) - np.nanmin(accuracy, initial=np.inf)
             figure.add_trace(
                 go.Scatter(
                     x=cell["analysis_tokens"].values,
-                    y=100 * cell["accuracy"].values,
-                    mode="lines",
+                    y=accuracy,
+                    mode="lines+text" if changes >= _CHANGES else "lines",
+                    text=[*[""] * (len(accuracy) - 1), other],
+                    textposition="bottom center",
+                    textfont={"color": colours.muted, "size": 11},
                     line={"color": colours.band, "width": 1.2},
                     name=other,
                     showlegend=False,

@@ -37,14 +37,14 @@ def figure(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:
     shared: Any = {"title": title, "subtitle": subtitle, "low": "low", "high": "high", "theme": theme}
     if len(dims) == 1:
         shared["subtitle"] += f", filled where {shown_effects(ds, 'change', 'low', 'high')[1]}"
-        return rows(ds, "change", dims[0], x_title=f"change ({unit})", **shared)
+        return rows(ds, "change", dims[0], x_title=_change(unit), **shared)
     if dims == ("group", "which"):
         flat = ds.drop_vars("q", errors="ignore").stack(row=("group", "which"))
         flat = flat.drop_vars(("row", "group", "which")).assign_coords(row=[f"{g}: {w}" for g, w in flat["row"].values])
         shared["subtitle"] += f", filled where the named experts differ from random sets (q of at most {ALPHA})"
-        return rows(flat, "change", "row", x_title=f"change ({unit})", shown=_named_differ(ds), **shared)
+        return rows(flat, "change", "row", x_title=_change(unit), shown=_named_differ(ds), **shared)
     if len(dims) == 2 and dims[0] == "which":
-        return lines(ds, "change", dims[1], "which", y_title=f"change ({unit})", **shared)
+        return lines(ds, "change", dims[1], "which", y_title=_change(unit), **shared)
     return _cells(ds, str(dims[1]), unit, theme)
 
 
@@ -52,6 +52,11 @@ def _named_differ(ds: xr.Dataset) -> Bool[np.ndarray, " row"]:
     """Return the rows (group, which) of named experts whose rank among random sets is shown to be extreme."""
     differ = ds["q"].values <= ALPHA if "q" in ds else np.zeros(ds.sizes["group"], dtype=bool)
     return (differ[:, None] & (np.arange(ds.sizes["which"]) == 0)).ravel()
+
+
+def _change(unit: str) -> str:
+    """Return the title of the axis of an effect; a number without a unit has none."""
+    return "change" if unit == "1" else f"change ({unit})"
 
 
 def _cells(ds: xr.Dataset, kind: str, unit: str, theme: ThemeName) -> go.Figure:
@@ -66,14 +71,14 @@ def _cells(ds: xr.Dataset, kind: str, unit: str, theme: ThemeName) -> go.Figure:
         f"layer %{{y}}, {kind} %{{x}}: %{{customdata[0]:+.3f}} [%{{customdata[1]:+.3f}}, "
         f"%{{customdata[2]:+.3f}}]<extra></extra>"
     )
-    grid.differences(values, shown, detail, hover, limit, f"not shown to differ from 0, as not: {rule}")
-    made = grid.finish_differences(kind, limit, {"title": {"text": unit}})
+    grid.differences(values, shown, detail, hover, limit, f"not shown to differ from 0 (shown where {rule})")
+    made = grid.finish_differences(kind, limit, {"title": {"text": _change(unit)}})
     return apply_theme(
         made,
         colours,
         ds,
         title=ds.attrs["title"],
-        subtitle="Means over prompts; pale, hatched: the 95 % interval includes zero",
+        subtitle="Means over prompts",
         height=grid.height,
     )
 

@@ -37,8 +37,15 @@ def write_all(
     inputs: Iterable[str | Path] = (),
     overwrite: bool = False,
 ) -> list[Path]:
-    """Write every figure of every study of a run, `STUDY_NAME`; skip a study for which the run lacks something."""
+    """Write every figure of every study of a run, `STUDY_NAME`; skip a study for which the run lacks something.
+
+    Raises:
+        InputError: a format or the column is unknown, a format needs a package that is not installed, or an output is
+            an input or exists. All of this is checked before the studies, which take minutes.
+    """
     _check(formats)
+    if _image_formats(formats):
+        _require_kaleido(formats)
     check_files(["index.md"], out, command="figures", inputs=inputs, overwrite=overwrite)
     paper.fit(go.Figure(layout={"height": 500}), column)  # refuse a wrong column before minutes of work
     figures, _ = paper.figures_of_run(run, which)
@@ -90,7 +97,7 @@ def write(
     refuse_paths(figures)
     files: dict[str, str | bytes] = {f"{name}.csv": csv_text(_frame(table)) for name, table in data.items()}
     files |= beside or {}
-    images = [suffix for suffix in FORMATS if suffix in formats and suffix != "html"]
+    images = _image_formats(formats)
     if images and figures:
         files |= _images(figures, images)
     if "html" in formats:
@@ -110,20 +117,28 @@ def _check(formats: Sequence[str]) -> None:
         raise InputError(f"format {', '.join(unknown) or 'given'} is unknown; choose from {', '.join(FORMATS)}")
 
 
-def _images(figures: Mapping[str, go.Figure], formats: Sequence[str]) -> dict[str, str | bytes]:
-    """All images from one browser: starting it takes longer than drawing."""
+def _image_formats(formats: Sequence[str]) -> list[str]:
+    """Return the formats that a browser draws."""
+    return [suffix for suffix in FORMATS if suffix in formats and suffix != "html"]
+
+
+def _require_kaleido(formats: Sequence[str]) -> None:
+    """Refuse images where the package that makes them is not installed."""
     try:
-        import kaleido
-        from choreographer.errors import (
-            BrowserClosedError,
-            BrowserDepsError,
-            BrowserFailedError,
-            ChromeNotFoundError,
-        )
+        import choreographer.errors  # noqa: F401
+        import kaleido  # noqa: F401
     except ImportError as error:
         raise InputError(
-            f"{', '.join(formats)} need kaleido; install gpt-oss-workbench[figures], or ask for html"
+            f"{', '.join(_image_formats(formats))} need kaleido; install gpt-oss-workbench[figures], or ask for html"
         ) from error
+
+
+def _images(figures: Mapping[str, go.Figure], formats: Sequence[str]) -> dict[str, str | bytes]:
+    """All images from one browser: starting it takes longer than drawing."""
+    _require_kaleido(formats)
+    import kaleido
+    from choreographer.errors import BrowserClosedError, BrowserDepsError, BrowserFailedError, ChromeNotFoundError
+
     with tempfile.TemporaryDirectory() as folder:
         wanted = [
             {

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 import xarray as xr
 from jaxtyping import Bool, Float, Int
 
-from workbench.figures.template import MARGIN_ABOVE, MARGIN_BELOW, WIDTH, Theme
+from workbench.figures.template import MARGIN_ABOVE, MARGIN_BELOW, WIDTH, Theme, translucent
 
 # of a figure of standard width, less the axis and the colour bar
 PLOT_WIDTH = WIDTH - 200
@@ -30,6 +30,12 @@ def points_between(a: str, b: str) -> str:
     """Return the title of a colour bar of differences a − b in percentage points, in two lines where it is long."""
     text = f"percentage points, {a} − {b}"
     return text if len(text) <= _BAR_CHARACTERS else f"points, {a}<br>− {b}"
+
+
+def scale_limit(points: Float[np.ndarray, "layer column"], shown: Bool[np.ndarray, "layer column"]) -> float:
+    """Return the end of a scale of differences: the largest that is shown, and at least nine tenths of all cells."""
+    known = np.abs(points[np.isfinite(points)])
+    return float(max(np.abs(points[shown]).max(initial=0.1), np.quantile(known, 0.9) if known.size else 0.0))
 
 
 def number_range(numbers: Int[np.ndarray, " n"]) -> str:
@@ -63,11 +69,18 @@ class LayerHeatmap:
         limit: float,
         unshown: str,
     ) -> None:
-        """Draw signed values [layer column] clipped at ±limit; cells that are not `shown` are pale and hatched."""
+        """Draw signed values [layer column], those beyond ±limit marked; cells not `shown` are pale and hatched."""
         for cells, opacity in ((shown, 1.0), (~shown, 0.35)):
             self.colour(np.where(cells, np.clip(values, -limit, limit), np.nan), detail, hover, opacity=opacity)
         self.missing(np.isnan(values))
-        self.sign(~shown & ~np.isnan(values), "line-ne", self.theme.band, f"pale, hatched: {unshown}")
+        hatch = translucent(self.theme.muted, 0.6)
+        self.sign(~shown & ~np.isnan(values), "line-ne", hatch, f"pale, hatched: {unshown}")
+        for beyond, symbol, name in (
+            (values > limit, "triangle-up", f"clipped: above +{limit:.3g}"),
+            (values < -limit, "triangle-down", f"clipped: below −{limit:.3g}"),
+        ):
+            self.sign(beyond & ~shown, symbol, self.theme.muted, name)
+            self.sign(beyond & shown, symbol, self.theme.on_scale, "" if (beyond & ~shown).any() else name)
 
     def loads(self, load: Float[np.ndarray, "layer column"], detail: np.ndarray, hover: str, clip: float) -> go.Figure:
         """Return a figure of loads relative to uniform [layer column]; unused experts and clipped cells are marked.
@@ -80,17 +93,12 @@ class LayerHeatmap:
         self.fill(load == 0, self.theme.zero, "never selected")
         self.missing(np.isnan(load))
         self.sign(relative > clip, "triangle-up", self.theme.on_scale, f"clipped: more than {clip:g} × uniform")
-        bar = {"title": {"text": f"load relative to uniform (× 1/{number_range(experts)})"}}
+        bar = {"title": {"text": "load (× uniform)"}}
         return self.finish("expert", {"cmin": 0, "cmax": clip, "colorscale": self.theme.sequential, "colorbar": bar})
 
     def less(self, where: Bool[np.ndarray, "layer column"]) -> None:
-        """Mark cells that are less, which grey prints cannot tell from more."""
-        self.sign(where, "line-ew", self.theme.on_scale, "−: less")
-
-    def clipped(self, values: Float[np.ndarray, "layer column"], limit: float) -> None:
-        """Mark cells beyond the ends of the scale."""
-        self.sign(values > limit, "triangle-up", self.theme.on_scale, f"clipped: above +{limit:g}")
-        self.sign(values < -limit, "triangle-down", self.theme.on_scale, f"clipped: below −{limit:g}")
+        """Mark cells with a negative difference, which grey prints cannot tell from a positive one."""
+        self.sign(where, "line-ew", self.theme.on_scale, "dash: negative difference")
 
     def finish_differences(self, column_name: str, limit: float, bar: Mapping[str, Any]) -> go.Figure:
         """Return the figure with the diverging scale from −limit to limit."""
@@ -125,7 +133,7 @@ class LayerHeatmap:
                 x=self.columns[column],
                 y=self.layers[layer],
                 mode="markers",
-                marker=marker(SIGN_SIZE * self.shorter_side, colour),
+                marker=marker((0.6 if "triangle" in symbol else 1.0) * SIGN_SIZE * self.shorter_side, colour),
                 hoverinfo="skip",
                 showlegend=False,
             )
@@ -170,7 +178,7 @@ def difference_of_labels(
     title of the colour bar.
     """
     points, different = 100 * cell["difference"].values, cell["different"].values
-    limit = float(np.abs(points[different]).max(initial=0.1))
+    limit = scale_limit(points, different)
     percent = [100 * cell[name].values for name in ("difference", "low", "high", *levels)]
     hover = (
         f"layer %{{y}}, {column} %{{x}}<br>%{{customdata[0]:+.2f}} points [%{{customdata[1]:+.2f}}, "

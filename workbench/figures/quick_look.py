@@ -24,7 +24,7 @@ _TITLES = {
 # short enough for two figures side by side
 _MEANINGS = {
     "relative": "share of routed slots × experts",
-    "load": "share of the selection's routed slots",
+    "load": "share of routed slots × experts",
     "gates": "share of the selection's gate weight",
     "lift": "load here over load in all content",
     "mass": "mean probability on the learned sink",
@@ -33,11 +33,17 @@ _MEANINGS = {
 
 
 def heatmap(
-    ds: xr.Dataset, measure: Measure, *, marked: tuple[int, int] | None = None, theme: ThemeName = "light"
+    ds: xr.Dataset,
+    measure: Measure,
+    *,
+    marked: tuple[int, int] | None = None,
+    top: float | None = None,
+    theme: ThemeName = "light",
 ) -> go.Figure:
     """Return a measure of every layer and expert (or head); `relative` and lift in doublings.
 
-    marked: the (layer, column) that gets a frame.
+    marked: the (layer, column) that gets a frame. top: of the colour scale of sink attention (%), so that several
+    figures share one; the largest value by default.
     """
     colours = THEMES[theme]
     variable = ds["load" if measure == "relative" else measure]
@@ -52,17 +58,17 @@ def heatmap(
         figure = grid.loads(values, detail, hover, _CLIP)
     elif measure in ("lift", "relative"):
         ratio = values * (experts_of_layers(values)[:, None] if measure == "relative" else 1)
-        title = "lift" if measure == "lift" else "× uniform"
+        title = "load (× whole run)" if measure == "lift" else "load (× uniform)"
         with np.errstate(divide="ignore"):
             doublings = np.clip(np.log2(ratio), -2, 2)
-        grid.colour(doublings, ratio[..., None], where + f"{title} %{{customdata[0]:.2f}}<extra></extra>")
+        grid.colour(doublings, ratio[..., None], where + f"{title}: %{{customdata[0]:.2f}}<extra></extra>")
         grid.fill(ratio == 0, colours.zero, "never selected")
         bar = {"title": {"text": title}, "tickvals": [-2, -1, 0, 1, 2], "ticktext": ["≤ ¼", "½", "1", "2", "≥ 4"]}
         grid.missing(np.isnan(values))
         figure = grid.finish_differences(column, 2, bar)
     else:
         grid.colour(100 * values, 100 * values[..., None], where + "%{customdata[0]:.2f} %<extra></extra>")
-        top = float(np.nanmax(100 * values, initial=0.1))
+        top = float(np.nanmax(100 * values, initial=0.1)) if top is None else top
         title = "sink attention (%)" if measure == "mass" else "standard deviation (points)"
         grid.missing(np.isnan(values))
         scale = {"cmin": 0, "cmax": top, "colorscale": colours.sequential, "colorbar": {"title": {"text": title}}}

@@ -164,12 +164,12 @@ def section(name: str, sets: Mapping[str, xr.Dataset]) -> Iterator[str]:
     described = [_described(ds) for ds in sets.values() if not is_comparison(ds)]
     yield from described[:1]
     if len(described) > 1:
-        yield page.folded(f"{len(described) - 1} more results", *described[1:])
+        yield page.folded(f"{len(described) - 1} more result{'s' * (len(described) > 2)}", *described[1:])
     if compared := [ds for ds in sets.values() if is_comparison(ds)]:
         full = "".join(f"<h3>{escape(d.attrs['title'])}</h3><pre>{escape(d.attrs['summary'])}</pre>" for d in compared)
         yield page.folded("Comparisons in full", full)
     if others:
-        yield page.folded(f"{len(others)} more figures", *others)
+        yield page.folded(f"{len(others)} more figure{'s' * (len(others) != 1)}", *others)
     notes = "".join(f"<p><b>{escape(k)}.</b> {escape(v)}</p>" for k, v in _notes(sets))
     yield page.folded("Methods", notes)
 

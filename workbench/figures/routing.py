@@ -65,7 +65,6 @@ def load_difference_heatmap(div: xr.Dataset, *, clip: float | None = None, theme
     grid = LayerHeatmap(div["layer"].values, div["expert"].values, colours)
     grid.differences(points, different, detail, hover, limit, "not shown to differ")
     grid.less(different & (points < 0))
-    grid.clipped(points, limit)
     ticks = np.linspace(-limit, limit, 5)
     bar = {
         "title": {"text": points_between(a, b)},

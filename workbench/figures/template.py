@@ -23,6 +23,7 @@ WIDTH = 920
 MARGIN_ABOVE = 92
 # axis title, legend and origin, one above the other
 MARGIN_BELOW = 104
+LEGEND_HEIGHT = 26  # of its only line
 MARKERS = {
     "low": "circle",
     "medium": "square",

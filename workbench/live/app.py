@@ -11,7 +11,7 @@ from urllib.parse import urlencode
 import panel as pn
 
 from workbench.dashboards.access import checked_origins, guard, login_options
-from workbench.dashboards.app import SESSIONS, ExtraPage, check_free, local_origins
+from workbench.dashboards.app import SESSIONS, ExtraPage, check_free, expect_closed_connections, local_origins
 from workbench.dashboards.layout import PageTemplate, page_template
 from workbench.errors import InputError
 from workbench.figures.template import ThemeName
@@ -53,7 +53,8 @@ def live_page(server: ModelServer, titles: Mapping[str, str] | None = None) -> C
         def refresh() -> None:
             if _has_left(document):
                 page.viewer.leave()
-            page.refresh()
+            if _is_connected(document):  # what changes for a closed connection would be lost
+                page.refresh()
 
         pn.state.on_session_destroyed(lambda _: page.viewer.leave())
         pn.state.add_periodic_callback(refresh, period=_REFRESH_MS)
@@ -78,6 +79,12 @@ def _has_left(document: Any) -> bool:
     if session is None or session.connection_count:
         return False
     return bool(session.milliseconds_since_last_unsubscribe > _AWAY_MS)
+
+
+def _is_connected(document: Any) -> bool:
+    """Return whether a browser is connected to a session."""
+    session = getattr(getattr(document, "session_context", None), "session", None)
+    return session is None or session.connection_count > 0
 
 
 def address_of_recipe(recipe: Recipe, theme: ThemeName) -> str:
@@ -120,8 +127,10 @@ def serve(
     access = login_options(basic_auth)
     origins = [*local_origins(address, port), *checked_origins(allow_origin)]
     check_free(address, port)
+    expect_closed_connections()
     pn.extension(notifications=False, inline=True)  # nothing from another host
     server = ModelServer(model, name, limits, sources)
+    server.warm_up()
     page = live_page(server)
     print(f"http://{address}:{port}/  (Ctrl-C ends)", flush=True)
     options: dict[str, Any] = {

@@ -20,6 +20,8 @@ from jaxtyping import Float, Int
 
 from workbench.capture.generation import final_text
 from workbench.counting import count_of
+from workbench.errors import InputError
+from workbench.harmony.grammar import marked_ids
 from workbench.harmony.transcripts import Transcript
 from workbench.hooks.edits import Edit
 from workbench.hooks.interventions import applied
@@ -77,7 +79,13 @@ class Comparison:
 
 
 class Experiment:
-    """A recipe on a model: its answers so far, the comparison at the end, and which interventions met no token."""
+    """A recipe on a model: its answers so far, the comparison at the end, and which interventions met no token.
+
+    n_begin: how many of the prompt's last tokens are what the answer begins with.
+
+    Raises:
+        InputError: the vocabulary cannot express the prompt, or the prompt fills the context.
+    """
 
     def __init__(
         self,
@@ -90,11 +98,20 @@ class Experiment:
     ) -> None:
         self.model, self.recipe, self._recorder, self._prompt_cache = model, recipe, recorder, prompt_cache
         self._sources = sources
-        self.prompt = recipe.prompt_ids(model)
+        self.prompt, self.n_begin = recipe.prompt_ids(model), len(marked_ids(recipe.begin, model.tokenizer))
+        if len(self.prompt) >= model.cfg.n_ctx:
+            raise InputError(
+                f"the prompt has {len(self.prompt):,} tokens, and the context of the model holds {model.cfg.n_ctx:,} "
+                "with the answer: shorten the prompt"
+            )
         self.original = Answer([[] for _ in range(recipe.samples)])
         self.edited: Answer | None = None
         self.comparison: Comparison | None = None
         self.unmatched: list[str] = []
+
+    def n_cut_off(self, answer: Answer) -> int:
+        """Return how many samples of an answer have no token that ends them."""
+        return sum(not row or row[-1] not in self.model.tokenizer.stop_ids for row in answer.rows)
 
     def steps(self) -> Generator[None, None, None]:
         """Run the experiment; yield after every step of generation.

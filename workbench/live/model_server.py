@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from uuid import uuid4
 
+from workbench.errors import InputError
 from workbench.live.experiment import Experiment, RoutingRecorder, limited
 from workbench.live.job_queue import Job, JobQueue
 from workbench.model.prompt_cache import PromptCache
@@ -39,6 +40,15 @@ class ModelServer:
     def title(self) -> str:
         """Return the name of the model without the folders of a path."""
         return Path(self.name).name or self.name
+
+    def warm_up(self) -> None:
+        """Put a request of two tokens into the queue, so that the first viewer does not wait for kernels to load."""
+        recipe = Recipe(user="1", model=self.name, max_new_tokens=2)
+        try:
+            body = Experiment(self.model, recipe, recorder=self._recorder).steps()
+        except InputError:  # a vocabulary without the digit
+            return
+        self.queue.submit("warm-up", body)
 
     def close(self) -> None:
         """Cancel all requests and take the hooks off the model."""

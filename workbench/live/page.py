@@ -1,6 +1,7 @@
 """The live page of one browser session: prompt, map of experts, interventions, both answers, and the recipe."""
 
 import io
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from html import escape
@@ -19,9 +20,16 @@ from workbench.live.experiment import Answer, Experiment, final_answer, summariz
 from workbench.live.expert_map import ExpertMap, shares_by_cell
 from workbench.live.job_queue import Job, State
 from workbench.live.model_server import ModelServer, Viewer
-from workbench.live.rendering import ANSWER_CSS, answer_html, comparison_html, history_html, samples_html
+from workbench.live.rendering import (
+    ANSWER_CSS,
+    answer_html,
+    comparison_html,
+    cut_off_sentence,
+    history_html,
+    samples_html,
+)
 from workbench.live.study_command import study_command
-from workbench.research.intervention import CELL_KINDS, Intervention
+from workbench.research.intervention import CELL_KINDS, Intervention, Scope
 from workbench.research.recipe import Recipe
 from workbench.research.recipe_python import recipe_python
 
@@ -39,6 +47,8 @@ _NO_ANSWER = (
     "Add an intervention and press Run to generate a second answer to the same prompt with the same seed.",
 )
 _NO_COMPARISON = "No comparison yet. Add an intervention and press Run."
+_COMPARISON_LATER = "The comparison follows when both answers are complete."
+_EDIT_THERE = "The answer is in the field “Beginning of the answer”. Edit it there and press Run."
 _COPY = "navigator.clipboard.writeText(code.value)"
 
 
@@ -61,6 +71,7 @@ class LivePage:
         self._shown: tuple[Any, ...] = ()
         self._cards: list[InterventionCard] = []
         self._history: tuple[tuple[str, str], ...] = ()
+        self._continued = ""  # the beginning that Continue made: another user message removes it
         self._make_widgets()
         self._fill(recipe)
         if problem:
@@ -73,6 +84,16 @@ class LivePage:
         self._effort = pn.widgets.RadioButtonGroup(label="Reasoning effort", options=list(EFFORTS), value="medium")
         self._begin = pn.widgets.TextAreaInput(label="Beginning of the answer", rows=3, max_length=100_000, **wide)
         self._expected = pn.widgets.TextInput(label="Known answer", max_length=10_000, **wide)
+        self._more = pn.Card(
+            self._developer,
+            self._begin,
+            self._expected,
+            title="More prompt fields",
+            collapsed=True,
+            stylesheets=[CARD_CSS],
+            margin=(4, 6),
+            **wide,
+        )
         self._turns = pn.pane.HTML("", stylesheets=[PARTS_CSS, ANSWER_CSS], **wide)
         self._next = pn.widgets.Button(label="Next turn", width=110)
         self._undo = pn.widgets.Button(label="Remove the last turn", width=180, visible=False)
@@ -102,6 +123,7 @@ class LivePage:
         self._comparison = pn.pane.HTML(_muted(_NO_COMPARISON), stylesheets=css, **wide)
         self._python = pn.widgets.TextAreaInput(visible=False)  # what the browser copies
         self._code = pn.pane.HTML("", stylesheets=[_CODE_CSS], **wide)
+        self._recipe_status = pn.pane.HTML("", stylesheets=[PARTS_CSS], **wide)
         self._save = pn.widgets.FileDownload(
             callback=self._recipe_file, filename="recipe.json", label="Save the recipe", width=150, variant="outline"
         )
@@ -119,11 +141,13 @@ class LivePage:
         self._undo.on_click(lambda _: self._put_history(self._history[:-1]))
         for kind, button in self._add.items():
             button.on_click(lambda _, kind=kind: self._guarded(lambda: self._add_intervention(kind)))
-        self._copy.on_click(lambda _: self._guarded(lambda: self._show_code(recipe_python)))
-        self._study.on_click(lambda _: self._guarded(lambda: self._show_code(study_command)))
+        below = self._recipe_status  # beside the buttons, which are far below the prompt
+        self._copy.on_click(lambda _: self._guarded(lambda: self._show_code(recipe_python), below))
+        self._study.on_click(lambda _: self._guarded(lambda: self._show_code(study_command), below))
         for button in (self._copy, self._study):
             button.js_on_click(args={"code": self._python}, code=f"setTimeout(() => {_COPY}, 400)")
-        self._load.param.watch(lambda event: self._guarded(self._load_recipe), "value")
+        self._load.param.watch(lambda event: self._guarded(self._load_recipe, below), "value")
+        self._user.param.watch(lambda _: self._forget_continued(), "value")
 
     def main(self) -> list[Any]:
         """Return the parts of the main area."""
@@ -131,16 +155,7 @@ class LivePage:
             self._turns,
             self._user,
             pn.Row(pn.pane.HTML("<label>Reasoning effort</label>", margin=(10, 0, 0, 10)), self._effort),
-            pn.Card(
-                self._developer,
-                self._begin,
-                self._expected,
-                title="More prompt fields",
-                collapsed=True,
-                sizing_mode="stretch_width",
-                stylesheets=[CARD_CSS],
-                margin=(4, 6),
-            ),
+            self._more,
             pn.FlexBox(self._temperature, self._seed, self._tokens, self._samples),
             pn.FlexBox(self._run, self._stop, self._continue, self._edit, self._next, self._undo),
             self._status,
@@ -166,6 +181,7 @@ class LivePage:
                 "size.</p>"
             ),
             pn.FlexBox(self._save, self._copy, self._study, self._load, align_items="flex-end"),
+            self._recipe_status,
             self._python,
             self._code,
             sizing_mode="stretch_width",
@@ -193,10 +209,10 @@ class LivePage:
             history=self._history,
             expected=str(self._expected.value),
             model=self._server.name,
-            temperature=float(self._temperature.value or 0),
-            seed=int(self._seed.value or 0),
-            max_new_tokens=int(self._tokens.value or 1),
-            samples=int(self._samples.value or 1),
+            temperature=float(_number(self._temperature)),
+            seed=int(_number(self._seed)),
+            max_new_tokens=int(_number(self._tokens)),
+            samples=int(_number(self._samples)),
             interventions=tuple(card.intervention() for card in self._cards),
             **self._truncation,
         )
@@ -210,14 +226,20 @@ class LivePage:
         """Generate more from where the original answer ended."""
 
         def go() -> None:
-            self._begin.value = str(self._begin.value) + self._answer_text()
+            self._begin.value = self._continued = str(self._begin.value) + self._answer_text()
             self._start()
 
         self._guarded(go)
 
     def edit_answer(self) -> None:
         """Put the original answer into the field of what the answer begins with, to be edited there."""
-        self._guarded(lambda: setattr(self._begin, "value", str(self._begin.value) + self._answer_text()))
+
+        def go() -> None:
+            self._begin.value = str(self._begin.value) + self._answer_text()
+            self._more.collapsed = False
+            self._status.object = note(_EDIT_THERE)
+
+        self._guarded(go)
 
     def next_turn(self) -> None:
         """Make the original answer a turn of the conversation, and ask for the next user message."""
@@ -232,6 +254,11 @@ class LivePage:
             self._user.value = self._begin.value = self._expected.value = ""
 
         self._guarded(go)
+
+    def _forget_continued(self) -> None:
+        if self._continued and self._begin.value == self._continued:
+            self._begin.value = ""
+        self._continued = ""
 
     def _put_history(self, history: tuple[tuple[str, str], ...]) -> None:
         self._history = history
@@ -261,16 +288,20 @@ class LivePage:
 
     def _start(self) -> None:
         recipe = self.recipe()
+        if not recipe.user.strip():
+            raise InputError("the user message is empty: write one and press Run")
         self._remember(recipe)
         self._job, self._experiment, self._notes = self.viewer.run(recipe)
-        self._comparison.object = ""
+        self._comparison.object = _muted(_COMPARISON_LATER if recipe.interventions else _NO_COMPARISON)
         self.refresh()
 
     def _state_html(self, job: Job, experiment: Experiment) -> str:
         position = self._server.queue.position(job)
         answer = experiment.edited or experiment.original
         texts = {
-            State.WAITING: f"Waiting: {position} request{'s' if position != 1 else ''} before this one.",
+            State.WAITING: f"Waiting: {position} request{'s' if position != 1 else ''} before this one."
+            if position
+            else "Starting.",
             State.RUNNING: f"Generating the {'edited' if experiment.edited else 'original'} answer: "
             f"{count_of(len(answer.tokens), 'token')}.",
             State.DONE: "Done.",
@@ -279,6 +310,8 @@ class LivePage:
         }
         if job.state is State.FAILED:
             return note(job.reason, "danger")
+        if job.state is State.DONE and (cut := cut_off_sentence(experiment)):
+            return note(f"Done. {cut} Press Continue, or raise New tokens.", "warning")
         return note(texts[job.state], "good" if job.state is State.DONE else "")
 
     def _show_map(self, answer: Answer, name: str) -> None:
@@ -318,11 +351,17 @@ class LivePage:
         middle = self._server.model.cfg.n_layers // 2
         layers = {"steer": (middle,), "vector": (middle,), "patch": (middle,)}.get(kind, tuple(range(middle + 1)))
         strength = {"reweight": 0.5, "scale_sinks": 0.5}.get(kind, 1.0)
+        # what is asked most: does the final answer need attention to the analysis, or this effort
+        asked: dict[str, Any] = {
+            "knockout": {"scope": Scope(channel=("final",)), "keys": Scope(channel=("analysis",))},
+            "patch": {"source_effort": "low" if self._effort.value == "high" else "high"},
+        }.get(kind, {})
         one = Intervention(
             kind,
             cells=cells if kind in CELL_KINDS else (),
             layers=() if kind in (*CELL_KINDS, "feature") else layers,
             strength=strength,
+            **asked,
         )
         self._put_cards([*self._cards, self._card(one)])
         if kind in CELL_KINDS:
@@ -347,6 +386,7 @@ class LivePage:
         self._samples.value = min(recipe.samples, limits.max_samples)
         self._truncation: dict[str, Any] = {name: getattr(recipe, name) for name in ("top_k", "top_p", "min_p")}
         self._expected.value = recipe.expected
+        self._more.collapsed = not (recipe.developer or recipe.begin or recipe.expected)
         self._put_history(recipe.history)
         self._put_cards([self._card(one) for one in recipe.interventions])
 
@@ -355,7 +395,7 @@ class LivePage:
             recipe = Recipe.from_json(bytes(self._load.value).decode("utf-8", "replace"))
             self._fill(recipe)
             self._remember(replace(recipe, model=self._server.name))
-            self._status.object = note("The recipe was loaded. Press Run.", "good")
+            self._recipe_status.object = note("The recipe was loaded. Press Run.", "good")
 
     def _recipe_file(self) -> io.StringIO:
         return io.StringIO(self.recipe().to_json() + "\n")
@@ -364,13 +404,30 @@ class LivePage:
         """Show what the browser copies: a program, or commands."""
         self._python.value = code(self.recipe())
         self._code.object = f"<pre>{escape(self._python.value)}</pre>"
+        self._recipe_status.object = note(
+            "Copied to the clipboard, if the browser allows it. The text is below.", "good"
+        )
 
-    def _guarded(self, action: Callable[[], None]) -> None:
-        """Do what a viewer asked for, or show why it is refused."""
+    def _guarded(self, action: Callable[[], None], pane: Any = None) -> None:
+        """Do what a viewer asked for, or show why it is refused: in this pane, or else below the prompt."""
         try:
             action()
         except InputError as error:
-            self._status.object = note(str(error), "danger")
+            (pane or self._status).object = note(str(error), "danger")
+            if pane is not None:  # what was copied before is not what was asked for now
+                self._python.value = self._code.object = ""
+
+
+def _number(widget: Any) -> float:
+    """Return the number of a field.
+
+    Raises:
+        InputError: the field is empty.
+    """
+    value = widget.value
+    if value is None or math.isnan(value):
+        raise InputError(f"{widget.label} is empty: give a number from {widget.start:,} to {widget.end:,}")
+    return float(value)
 
 
 def _muted(text: str) -> str:

@@ -22,6 +22,7 @@ border-radius:4px;padding:4px 10px;margin:0 0 8px}
 .lv-text{white-space:pre-wrap;overflow-wrap:anywhere;
 font-family:ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace}
 .lv-text span{border-radius:2px}
+.lv-given{color:var(--wb-muted)}
 .lv-first{outline:2px solid var(--wb-bad);outline-offset:1px}
 .lv-bars{display:grid;grid-template-columns:max-content 1fr max-content;gap:4px 10px;align-items:center}
 .lv-bar{height:12px;background:var(--wb-raised);border-radius:3px;overflow:hidden}
@@ -39,23 +40,26 @@ def answer_html(
 ) -> str:
     """Return the first sample of an answer, a block for each message in the colour of its channel.
 
+    What the answer began with, which the recipe gives, comes first and is grey.
+
     change: of every new token, what the interventions do to its log-probability; its colour shows it.
     """
     new, begin = list(answer.tokens), len(experiment.prompt)
-    if not new:
+    given = begin - experiment.n_begin
+    if not new and given == begin:
         return '<p class="wb-muted">No token yet.</p>'
     tokenizer = experiment.model.tokenizer
     ids = [*experiment.prompt, *new]
     labels = harmony.label(ids, tokenizer=tokenizer, n_prompt=begin)
-    words = texts(new, tokenizer)
+    words = texts(ids[given:], tokenizer)
     blocks = []
     for message in labels.messages:
-        if message.end <= begin or message.content < 0:
+        if message.end <= given or message.content < 0:
             continue
-        start, stop = max(message.text_span.start, begin), message.text_span.stop
+        start, stop = max(message.text_span.start, given), message.text_span.stop
         pieces = [
-            _token(words[i], i, list(answer.logprobs), change, first_difference)
-            for i in range(start - begin, max(stop, start) - begin)
+            _token(words[i - given], i - begin, list(answer.logprobs), change, first_difference)
+            for i in range(start, max(stop, start))
         ]
         colour = THEMES[theme].channel.get(message.channel, THEMES[theme].channel["other"])
         head = " · ".join(
@@ -71,7 +75,12 @@ def answer_html(
 def _token(
     text: str, number: int, logprobs: Sequence[float], change: Sequence[float], first_difference: int | None
 ) -> str:
-    """Return one token with its numbers as a title, coloured by its change and framed if it is the first to differ."""
+    """Return one token with its numbers as a title, coloured by its change and framed if it is the first to differ.
+
+    A token with a number below 0 was given, not generated.
+    """
+    if number < 0:
+        return f'<span class="lv-given" title="given, not generated">{escape(text)}</span>'
     title = f"token {number}"
     if number < len(logprobs):
         title += f", log-probability {logprobs[number]:.3f}"
@@ -84,6 +93,23 @@ def _token(
             style = f' style="background:color-mix(in srgb,var(--wb-{colour}) {strength}%,transparent)"'
     mark = ' class="lv-first"' if number == first_difference else ""
     return f'<span title="{escape(title)}"{mark}{style}>{escape(text)}</span>'
+
+
+def cut_off_sentence(experiment: Experiment) -> str:
+    """Return a sentence about answers without a token that ends them; empty if there are none."""
+    cut = {
+        name: experiment.n_cut_off(answer)
+        for name, answer in (("original", experiment.original), ("edited", experiment.edited))
+        if answer is not None
+    }
+    names = " and ".join(name for name, count in cut.items() if count)
+    if not names:
+        return ""
+    if experiment.recipe.samples > 1:
+        return f"{sum(cut.values())} of {len(cut) * experiment.recipe.samples} answers were cut off ({names})."
+    length = len((experiment.original if cut["original"] else experiment.edited or experiment.original).tokens)
+    plural = "answers were" if " and " in names else "answer was"
+    return f"The {names} {plural} cut off after {length:,} new tokens."
 
 
 def history_html(history: Sequence[tuple[str, str]]) -> str:

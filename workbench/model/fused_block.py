@@ -10,6 +10,7 @@ bfloat16.
 Whether weights are still the same is asked at every step: they are read at the addresses they had.
 """
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -25,7 +26,9 @@ from workbench.model.low_rank import Linear
 from workbench.model.pass_context import PassContext
 
 ROWS = 4  # at most; the products of `workbench.kernels.dense` take as many
+_MOST_READERS = 256  # entries of a layer, as every run of a notebook's cell makes new code
 _HookIds = tuple[int, ...]
+_HookCode = tuple[object, ...]
 _GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
 
 
@@ -53,6 +56,7 @@ class FusedBlock:
         chosen = (mlp.router.hook_out, mlp.hook_expert_indices, mlp.hook_expert_weights)
         self.experts = _Half(_inside(block.ln2, mlp, without=chosen))
         self._changed: dict[int, tuple[_HookIds, bool]] = {}  # by point: its hooks, and whether they changed its value
+        self._readers: set[tuple[int, _HookCode]] = set()  # points, and the code of hooks that left the value as it was
 
     @property
     def current(self) -> bool:
@@ -60,19 +64,47 @@ class FusedBlock:
         return all(of.get(name) is one for of, name, one in self._links) and _addresses(self._links) == self._addresses
 
     def reads_only(self, point: Any) -> bool:
-        """Return whether the point has the hooks of the last step, and these have left its value as it was."""
-        return self._changed.get(id(point)) == (_hook_ids(point), False)
+        """Return whether the hooks of a point are expected to leave its value as it is.
+
+        They are where they did so in the last step, or hooks of the same code have done so in a generation before.
+        Where this is wrong it costs time alone: a change is noticed after the launch.
+        """
+        ids = _hook_ids(point)
+        last_ids, changed = self._changed.get(id(point), (None, True))
+        return not changed if last_ids == ids else (id(point), _hook_code(point)) in self._readers
 
     def note(self, point: Any, changed: bool) -> None:
         """Record whether the hooks of a point have changed its value: once they have, they may do so again."""
         ids = _hook_ids(point)
         before = self._changed.get(id(point))
-        self._changed[id(point)] = ids, changed or (before == (ids, True))
+        state = ids, changed or before == (ids, True)
+        if state == before:
+            return
+        self._changed[id(point)] = state
+        key = id(point), _hook_code(point)
+        if state[1]:
+            self._readers.discard(key)
+        elif len(self._readers) < _MOST_READERS:
+            self._readers.add(key)
 
 
 def _hook_ids(point: Any) -> _HookIds:
     """Return the numbers of the hooks of a point, which torch gives to no other hook."""
     return (*point._forward_pre_hooks, *point._forward_hooks)
+
+
+def _hook_code(point: Any) -> _HookCode:
+    """Return the code of the hooks of a point: hooks that are made anew for every generation have the same."""
+    given = {handle.hook.id: handle.user_hook for handle in point.fwd_hooks}
+    hooks = (*point._forward_pre_hooks.items(), *point._forward_hooks.items())
+    return tuple(_code(given.get(number) or function) for number, function in hooks)
+
+
+def _code(function: Any) -> object:
+    """Return the code of a function, or the type of another callable; neither keeps what a function refers to."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(getattr(function, "__func__", function), "__code__", type(function))
 
 
 def _inside(*modules: nn.Module, without: tuple[nn.Module, ...]) -> tuple[nn.Module, ...]:
@@ -233,9 +265,10 @@ class _InnerPoint(NamedTuple):
 def _run_with_hooks(known: FusedBlock, step: Any, points: Iterable[_InnerPoint], end: int) -> None:
     """Compute the step to before `end`, and call the hooks of these points, in their order, with its values.
 
-    A launch ends at a point whose hooks may change its value. Where the same hooks left the value as it was the last
-    time, the launch goes on beyond the point, and they are called afterwards, with the value that it has recorded. If
-    they do change it then, the phases after the point are computed again, and from then on a launch ends there.
+    A launch ends at a point whose hooks may change its value. Where the same hooks, or hooks of the same code, left the
+    value as it was the last time, the launch goes on beyond the point, and they are called afterwards, with the value
+    that it has recorded. If they do change it then, the phases after the point are computed again, and from then on a
+    launch ends there.
     """
     observed = [inner for inner in points if _observed(inner.point)]
     dividing = [inner.phase for inner in observed if not known.reads_only(inner.point)]

@@ -162,7 +162,10 @@ def _check_direction(one: Intervention) -> None:
     if one.source_effort and one.source_effort not in EFFORTS:
         raise InputError(f"source_effort {one.source_effort!r}: choose from {', '.join(EFFORTS)}, or leave it out")
     if one.kind == "patch" and not one.source and not one.source_effort:
-        raise InputError("the intervention 'patch' names no other prompt: give a source, a source_effort, or both")
+        raise InputError(
+            "the intervention 'patch' names no other prompt: give another user message (source), an effort "
+            "(source_effort), or both"
+        )
 
 
 def _read_scope(document: Any) -> Scope:

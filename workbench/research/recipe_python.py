@@ -52,7 +52,10 @@ def recipe_python(recipe: Recipe) -> str:
         lines += _STATES.replace("OWN_EFFORT", repr(recipe.effort)).splitlines()
     if recipe.interventions:
         lines += ["edits = [", *(f"    {line}," for one in recipe.interventions for line in _calls(one, recipe)), "]"]
-        lines += ["with applied(model, *edits) as report:", "    edited = model.generate([prompt], **options)"]
+        lines += [
+            "with applied(model, *edits, need_match=False) as report:",
+            "    edited = model.generate([prompt], **options)",
+        ]
         lines += ["print(*report, sep='\\n')"]
     answers = "[original, edited]" if recipe.interventions else "[original]"
     lines += [f"for answers in {answers}:", "    for ids in answers:", "        print(model.tokenizer.decode(ids))"]

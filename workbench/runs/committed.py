@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -187,11 +187,13 @@ class CommittedRun:
             raise InputError(f"{unknown[0]!r} is not in {self.path}; it recorded {', '.join(self.recorded)}")
         wanted = {name: path for path, name in stored.items() if name in {"sequence", "position", "channel", *names}}
         sparse = {a.name for a in self.spec.selected if a.sparse}
+        # opened once: to open an array takes longer than to read a unit of it
+        opened = cache(self._array)
         for rows in self._unit_spans:
             block = {}
             for name, path in wanted.items():
                 with reading(self.storage, path):
-                    array = self._array(path)
+                    array = opened(path)
                     axis = array.metadata.dimension_names.index("token")
                     grain = (array.shards or array.chunks)[axis]
                     end = -(-rows.stop // grain) * grain
@@ -200,14 +202,14 @@ class CommittedRun:
                 block[name] = float32_of(values) if path.startswith("activations/") else values
                 if name in sparse and block[name].dtype.kind == "f":  # tokens that were not recorded have no value
                     with reading(self.storage, f"selected/{name}"):
-                        there = np.asarray(self._array(f"selected/{name}")[rows])
+                        there = np.asarray(opened(f"selected/{name}")[rows])
                     block[name] = np.where(
                         there.reshape(1, -1, *(1,) * (values.ndim - 2)), block[name], np.float32(np.nan)
                     )
             if self.excluded:
                 visible = np.isin(block["sequence"], self._visible)
                 for name, path in wanted.items():
-                    axis = self._array(path).metadata.dimension_names.index("token")
+                    axis = opened(path).metadata.dimension_names.index("token")
                     block[name] = np.compress(visible, block[name], axis)
             if len(block["sequence"]):
                 yield block

@@ -30,6 +30,8 @@ def open_group(storage: Storage, mode: Literal["r", "r+"] = "r", check: Literal[
         InputError: the path is missing, is not a run, or has a newer schema.
     """
     if not storage.exists():
+        if isinstance(storage, LocalStorage) and storage.path.is_dir():
+            raise InputError(f"{storage} is an empty folder: give the folder of a run")
         raise InputError(f"{storage} does not exist: give the folder of a run")
     if isinstance(storage, LocalStorage) and not storage.path.is_dir():
         raise InputError(f"{storage} is a file: give the folder of a run")

@@ -269,5 +269,5 @@ def _predictions(cell: xr.Dataset) -> str:
     if not np.isfinite(float(cell["p"])):
         verdict = "too few prompts for a test:"
     elif bool(cell["different"]):
-        verdict = "log-probability differs by"
+        verdict = "log-probability differs, a − b, by"
     return f"{verdict} {wording('logprob').interval(*(float(cell[n]) for n in ('difference', 'low', 'high')))} a token."

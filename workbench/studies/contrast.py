@@ -267,7 +267,7 @@ def _measure(run: TokenRun, what: str) -> Measure:
 
     exists = np.arange(experts) < layer_experts(run, layers, experts)[:, None]
     known = {
-        "experts": Measure("Share of routed slots", what, ("layer", "expert"), (layers, experts), chosen, exists),
+        "experts": Measure("Expert load", what, ("layer", "expert"), (layers, experts), chosen, exists),
         "sink": Measure("Sink attention", what, ("layer", "head"), (layers, heads), partial(_dense, what)),
         "entropy": Measure("Entropy of the prediction, nat", what, (), (), partial(_dense, what)),
         "logprob": Measure("Log-probability of the token, nat", what, (), (), partial(_dense, what)),

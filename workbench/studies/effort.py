@@ -243,7 +243,7 @@ def gain(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr
     for name, of_steps in (("gain_p", p), ("gain_q", q), ("gain_different", differs)):
         variables[name] = (("task", "step"), of_steps)
     labels = [f"{a} → {b}" for a, b in steps]
-    attrs = provenance("effort", "What effort adds", run.digest, seed, {})
+    attrs = provenance("effort", "Gain by effort step", run.digest, seed, {})
     result = dataset(variables, {"task": tasks, "step": labels}, DEFINITIONS, attrs)
     lines = []
     for label in labels:

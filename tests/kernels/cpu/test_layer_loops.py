@@ -12,7 +12,7 @@ LAYER_AGAINST_TORCH = """
 import torch
 from tests.model.test_fused_block import decode, in_modules, random_model
 from workbench.kernels import cpu
-from workbench.kernels.cpu import loops
+from workbench.kernels.cpu import vectors
 
 model = random_model()
 for rows in (1, 3):
@@ -24,7 +24,7 @@ want = decode(model, 3, past=150)
 assert (got - want).norm() / want.norm() < 0.02
 assert (got[:1] - want[1:2]).norm() / want[1:2].norm() > 0.2  # of another row
 cpu.compiled = compiled
-print(loops.instructions())
+print(vectors.instructions())
 """
 
 

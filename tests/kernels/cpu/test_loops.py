@@ -23,12 +23,12 @@ TRANSLATION = r"""
 import re, sys
 import llvmlite.binding as llvm
 from numba import from_dtype, njit, types
-from workbench.kernels.cpu import layer_loops, loops, row_loops
+from workbench.kernels.cpu import layer_loops, loops, row_loops, unpacking_loops, vectors
 from workbench.kernels.cpu.layer_records import LAYER, STEP
 
 triple = "aarch64-unknown-linux-gnu"
 if sys.argv[1] == "arm64":
-    loops._target = row_loops._target = lambda context: (triple, ["+neon"])
+    vectors._target = row_loops._target = lambda context: (triple, ["+neon"])
 llvm.initialize_all_targets()
 llvm.initialize_all_asmprinters()
 machine = llvm.Target.from_triple(triple).create_target_machine(opt=3, features="+neon")
@@ -39,8 +39,13 @@ patterns = {
     "emulations": r"\bbl\s+(?:fma|__(?:ext|trunc|gnu|float))\w*",
 }
 integer = types.int64
-products = {"dense_rows": 8, "expert_rows": 17, "unpack_groups": 5, "unpack_columns": 6, "widen_columns": 4}
-cases = {name: (getattr(loops, "_" + name), [integer] * count) for name, count in products.items()}
+products = {"dense_rows": 8, "expert_rows": 17}
+unpacking = {"unpack_groups": 5, "unpack_columns": 6, "widen_columns": 4}
+cases = {
+    name: (getattr(module, "_" + name), [integer] * count)
+    for module, names in ((loops, products), (unpacking_loops, unpacking))
+    for name, count in names.items()
+}
 records = [types.Array(from_dtype(kind), 1, "C") for kind in (LAYER, STEP)]
 layer = layer_loops._run_phases, [integer, integer, *records, integer, integer]
 for name, (loop, arguments) in ({"layer": layer} if sys.argv[2] == "layer" else cases).items():
@@ -97,9 +102,9 @@ def test_the_loops_of_a_layer_compile_for_64_bit_arm() -> None:
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="needs instructions of x86-64 in the loops")
 def test_instructions_of_another_processor_are_noticed() -> None:
     """Negative control: the lookup of AVX-512 has no translation."""
-    from workbench.kernels.cpu import loops
+    from workbench.kernels.cpu import vectors
 
-    if loops.instructions() != "AVX-512":
+    if vectors.instructions() != "AVX-512":
         pytest.skip("this processor has no AVX-512")
     done = translated("x86-64")
     assert done.returncode != 0

@@ -19,7 +19,7 @@ pytest.importorskip("numba")
 if cpu.unavailable():
     pytest.skip(f"the compiled kernels are not available: {cpu.unavailable()}", allow_module_level=True)
 
-from workbench.kernels.cpu import loops, products
+from workbench.kernels.cpu import products, vectors
 
 ROOT = Path(__file__).parents[3]
 EXPERTS, INPUTS = 5, 96
@@ -111,7 +111,7 @@ def test_the_comparison_rejects_broken_implementations(broken: str) -> None:
 EVERY_SCALE = """
 import torch
 from workbench.kernels import cpu
-from workbench.kernels.cpu import loops, products
+from workbench.kernels.cpu import products, vectors
 from workbench.kernels.mxfp4 import Mxfp4, dequantise
 blocks = torch.arange(256, dtype=torch.uint8).view(16, 1, 16).repeat(256, 1, 1)[None].contiguous()
 scales = torch.arange(256, dtype=torch.uint8).repeat_interleave(16)[None, :, None].contiguous()
@@ -159,7 +159,7 @@ widened = torch.empty(512, 96)
 products.widen_columns(matrix, widened)
 assert torch.equal(widened.mT.view(torch.int32), matrix.view(torch.int16).int() << 16)
 assert not torch.equal(widened.mT[8:].view(torch.int32), matrix[:-8].view(torch.int16).int() << 16)
-print(loops.instructions())
+print(vectors.instructions())
 """
 
 
@@ -214,7 +214,7 @@ def fresh_choice() -> Iterator[None]:
 def test_the_choice_follows_the_instruction_set(
     triple: str, features: list[str], expected: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loops, "_target", lambda context: (triple, features))
+    monkeypatch.setattr(vectors, "_target", lambda context: (triple, features))
     wanted = f"compiled by numba for {expected}" if expected else "torch (the processor"
     assert cpu.description().startswith(wanted)
 
@@ -235,8 +235,8 @@ def test_the_choice_follows_the_instruction_set(
 def test_bfloat16_is_widened_where_the_processor_multiplies_it_slowly(
     triple: str, processor: str, features: str, expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loops, "_processor", lambda: (triple, processor, features))
-    assert loops.multiplies_bfloat16() is expected
+    monkeypatch.setattr(vectors, "_processor", lambda: (triple, processor, features))
+    assert vectors.multiplies_bfloat16() is expected
     cpu._widens.cache_clear()
     x = torch.zeros(1, 32)
     assert cpu.product_dtype(x.bfloat16()) == (torch.bfloat16 if expected else torch.float32)
@@ -248,7 +248,7 @@ def test_bfloat16_is_widened_where_the_processor_multiplies_it_slowly(
 @pytest.mark.usefixtures("fresh_choice")
 def test_without_numba_torch_computes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "numba", None)
-    monkeypatch.delitem(sys.modules, "workbench.kernels.cpu.loops")
+    monkeypatch.delitem(sys.modules, "workbench.kernels.cpu.vectors")
     assert cpu.description().startswith("torch (numba cannot be imported")
     assert cpu.compiled(torch.zeros(1, 32)) is None
     cpu.unavailable.cache_clear()

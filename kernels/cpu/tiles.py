@@ -1,0 +1,156 @@
+"""Products of many bfloat16 rows with MXFP4 and bfloat16 matrices in float32: the launchers of `tile_loops`.
+
+Sums are in float32, with the bias; what is returned is rounded once to bfloat16. A row's result does not depend on the
+other rows. As many threads take part as torch may use where it is called.
+
+Reference: `workbench.kernels.dense.linear` and `workbench.kernels.mxfp4.linear`.
+Cost: unpacks a matrix once for each 512 rows, which takes as long as multiplying four rows.
+"""
+
+import functools
+import threading
+
+import torch
+from jaxtyping import BFloat16, Float32, Int, UInt8
+from torch import Tensor
+
+from workbench.kernels.cpu import threads, tile_loops, vectors
+from workbench.kernels.cpu.products import Slots
+from workbench.kernels.cpu.tile_loops import JOB_ROWS, LEAST_ROWS, MOST_ROWS, OUTPUTS, THREAD_BYTES
+from workbench.kernels.cpu.vectors import GROUP
+from workbench.kernels.mxfp4 import Mxfp4
+
+_BLOCK_COST = 1  # in rows: a block reads the tile once
+_JOB_ROWS = JOB_ROWS - MOST_ROWS  # blocks may have rows to spare
+
+_loops = functools.cache(tile_loops.compile_all)
+_own = threading.local()
+
+
+@functools.cache
+def available() -> bool:
+    """Return whether this processor has the registers that the loops need."""
+    return vectors.instructions() == "AVX-512"
+
+
+def covers_dense(weight: Tensor) -> bool:
+    """Return whether `dense_linear` can multiply by this weight [outputs inputs]."""
+    right = weight.dtype == torch.bfloat16 and weight.shape[1] % GROUP == 0 and len(weight) % OUTPUTS == 0
+    return right and weight.is_contiguous() and available()
+
+
+def covers_packed(blocks: Tensor, scales: Tensor) -> bool:
+    """Return whether matrices of these blocks [... outputs group 16] can be multiplied."""
+    return blocks.is_contiguous() and scales.is_contiguous() and scales.shape[-2] % OUTPUTS == 0 and available()
+
+
+def dense_linear(
+    x: BFloat16[Tensor, "rows inputs"],
+    weight: BFloat16[Tensor, "outputs inputs"],
+    bias: BFloat16[Tensor, " outputs"] | None,
+) -> BFloat16[Tensor, "rows outputs"]:
+    """Return x times the transposed matrix, plus the bias."""
+    x = x.contiguous()
+    results = x.new_empty(len(x), len(weight))
+    for start in range(0, len(x), _JOB_ROWS):
+        some, target = x[start : start + _JOB_ROWS], results[start : start + _JOB_ROWS]
+        jobs = _jobs([(0, 0, len(some))])
+        inputs = _arranged(some, jobs, None, 1)
+        threads.run(
+            _loops().multiply_dense, len(weight) // OUTPUTS, _thread_memory().data_ptr(), jobs.data_ptr(), len(jobs),
+            weight.data_ptr(), weight.shape[1], len(weight), inputs.data_ptr(), _address(bias), target.data_ptr(),
+        )  # fmt: skip
+    return results
+
+
+def packed_linear(
+    x: BFloat16[Tensor, "rows inputs"],
+    blocks: UInt8[Tensor, "outputs group 16"],
+    scales: UInt8[Tensor, "outputs group"],
+) -> BFloat16[Tensor, "rows outputs"]:
+    """Return x times the transposed packed matrix."""
+    x = x.contiguous()
+    results = x.new_empty(len(x), len(blocks))
+    for start in range(0, len(x), _JOB_ROWS):
+        some, target = x[start : start + _JOB_ROWS], results[start : start + _JOB_ROWS]
+        _multiply_packed(some, Mxfp4(blocks, scales), None, _jobs([(0, 0, len(some))]), None, 1, target)
+    return results
+
+
+def expert_linear(
+    x: BFloat16[Tensor, "rows inputs"], weight: Mxfp4, bias: BFloat16[Tensor, "expert outputs"], slots: Slots
+) -> BFloat16[Tensor, "tokens slot outputs"]:
+    """Return x times its expert's matrix, plus its bias, for every slot; x has one row for each token or slot."""
+    ends = slots.ends.tolist()
+    ranges = zip(slots.hit.tolist(), [0, *ends[:-1]], ends, strict=True)
+    jobs = _jobs(
+        [
+            (expert, start, min(_JOB_ROWS, end - start))
+            for expert, first, end in ranges
+            for start in range(first, end, _JOB_ROWS)
+        ]
+    )
+    results = x.new_empty(*slots.experts.shape, weight.scales.shape[-2])
+    shared = slots.experts.numel() // len(x)
+    _multiply_packed(x.contiguous(), weight, bias, jobs, slots.order, shared, results)
+    return results
+
+
+def _multiply_packed(
+    x: Tensor, weight: Mxfp4, bias: Tensor | None, jobs: Tensor, order: Tensor | None, shared: int, results: Tensor
+) -> None:
+    """Write the products of jobs [job field] with their matrices into the results [... outputs]."""
+    outputs, groups = weight.scales.shape[-2:]
+    inputs = _arranged(x, jobs, order, shared)
+    threads.run(
+        _loops().multiply_packed, len(jobs) * (outputs // OUTPUTS), _thread_memory().data_ptr(), jobs.data_ptr(),
+        len(jobs), _address(order), weight.blocks.data_ptr(), weight.scales.data_ptr(), groups, outputs,
+        inputs.data_ptr(), _address(bias), results.data_ptr(),
+    )  # fmt: skip
+
+
+def _arranged(
+    x: BFloat16[Tensor, "rows inputs"], jobs: Int[Tensor, "job field"], order: Tensor | None, shared: int
+) -> Float32[Tensor, " values"]:
+    """Return the rows of all jobs in the order of the loops, in memory of this thread that the next call overwrites."""
+    width, most = x.shape[1], int(jobs[:, 3].max())
+    size = width * int((jobs[:, 3] * jobs[:, 4]).sum())
+    if getattr(_own, "inputs", None) is None or len(_own.inputs) < size:
+        _own.inputs = torch.empty(size)
+    threads.run(
+        _loops().arrange, len(jobs) * most, jobs.data_ptr(), len(jobs), most, _address(order), shared, x.data_ptr(),
+        width, _own.inputs.data_ptr(),
+    )  # fmt: skip
+    inputs: Tensor = _own.inputs
+    return inputs
+
+
+def _thread_memory() -> Tensor:
+    """Return memory for the tiles and sums of every thread, aligned to 64 bytes, after a counter of 0."""
+    size = 64 + torch.get_num_threads() * THREAD_BYTES
+    if getattr(_own, "memory", None) is None or len(_own.memory) < size + 64:
+        _own.memory = torch.empty(size + 64, dtype=torch.uint8)
+    memory: Tensor = _own.memory[-_own.memory.data_ptr() % 64 :]
+    memory[:8] = 0
+    return memory
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _jobs(ranges: list[tuple[int, int, int]]) -> Int[Tensor, "job field"]:
+    """Return jobs as the loops read them, of (matrix, position of the first row, rows)."""
+    jobs, before = [], 0
+    for matrix, first, count in ranges:
+        blocks, rows = _blocks(count)
+        jobs.append((matrix, first, count, blocks, rows, before))
+        before += blocks * rows
+    return torch.tensor(jobs)
+
+
+@functools.cache
+def _blocks(rows: int) -> tuple[int, int]:
+    """Return the number of blocks of rows, and how many rows are in each: at least as many as there are."""
+    choices = [(-(-rows // count), count) for count in range(MOST_ROWS, LEAST_ROWS - 1, -1)]
+    return min(choices, key=lambda choice: choice[0] * (choice[1] + _BLOCK_COST))
