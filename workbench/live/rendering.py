@@ -6,6 +6,7 @@ from html import escape
 import numpy as np
 
 from workbench import harmony
+from workbench.counting import count_of
 from workbench.dashboards.search import texts
 from workbench.figures.template import THEMES, ThemeName
 from workbench.live.experiment import Answer, Comparison, Experiment, SampleSummary
@@ -106,7 +107,9 @@ def cut_off_sentence(experiment: Experiment) -> str:
     if not names:
         return ""
     if experiment.recipe.samples > 1:
-        return f"{sum(cut.values())} of {len(cut) * experiment.recipe.samples} answers were cut off ({names})."
+        return (
+            f"{sum(cut.values())} of {count_of(len(cut) * experiment.recipe.samples, 'answer')} were cut off ({names})."
+        )
     length = len((experiment.original if cut["original"] else experiment.edited or experiment.original).tokens)
     plural = "answers were" if " and " in names else "answer was"
     return f"The {names} {plural} cut off after {length:,} new tokens."
