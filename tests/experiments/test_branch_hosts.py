@@ -116,7 +116,8 @@ def test_the_command_asks_the_host_and_experiments_on_weights_refuse_it(
     words += ["--option", "conversations=1", "--option", "samples=10"]
     first = run_command(*words)
     assert first.code == 0, first.err
-    assert "1 of 1 conversation" in first.out
+    assert "1 conversation, " in first.out
+    assert "1 conversations" not in first.out
     asked = len(host.requests)
     assert asked > 4
     assert (tmp_path / "run.zarr.branches.jsonl").exists(), "beside the run"

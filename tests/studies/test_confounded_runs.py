@@ -43,7 +43,7 @@ def test_information_on_a_label_needs_prompts_that_have_two(by_task: SyntheticRu
     """Labels are exchanged within prompts: with one label each, all permutations are equal, and p would be 1."""
     result = special(by_task, "effort", n_permutations=99)
     assert np.isnan(result["p"]).all()
-    assert "cannot be tested: 0 prompts have tokens of two efforts" in result.attrs["summary"]
+    assert "cannot be tested: 0 prompts with tokens of two efforts" in result.attrs["summary"]
     assert np.isfinite(special(by_task, "task", n_permutations=99)["p"]).all()
     paired = special(planted_run(n_prompts=12, efforts=("low", "high")), "effort", n_permutations=99)
     assert np.isfinite(paired["p"]).all(), "negative control"
