@@ -24,6 +24,7 @@ from workbench.dashboards.session import Session
 from workbench.dashboards.state import RunRegistry, Selection
 from workbench.errors import InputError
 from workbench.figures import quick_look as draw
+from workbench.runs import Run
 from workbench.studies import quick_look
 
 # of `panel.serve`: how long a page waits for the connection of its browser, which first loads 5 MB over ssh, say
@@ -209,9 +210,13 @@ def _warm(registry: RunRegistry) -> None:
         widgets.guarded(partial(content.tokens_by_role, run))
         if "routing" in run.recorded:
             widgets.guarded(partial(registry.pairs, name))
-            widgets.guarded(lambda run=run: draw.heatmap(quick_look.routing(run), "relative"))
+            widgets.guarded(partial(_draw_load, run))
         if {"sinks", "sink_sums"} & set(run.recorded):
             widgets.guarded(partial(quick_look.sinks, run))
+
+
+def _draw_load(run: Run) -> None:
+    draw.heatmap(quick_look.routing(run), "relative")
 
 
 def local_origins(address: str, port: int) -> list[str]:

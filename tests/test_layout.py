@@ -185,7 +185,6 @@ TESTED_BY = {
     "research/recipe_python": "research/test_recipe.py",
     "research/top_experts": "research/test_research.py",
     "runs/committed": "runs/test_reader.py",
-    "runs/group": "runs/test_reader.py",
     "runs/manifest": "runs/test_damage.py",
     "runs/schema": "runs/test_writer.py",
     "runs/summed": "runs/test_totals.py",

@@ -177,13 +177,8 @@ def test_the_main_loop_is_the_one_that_multiplies_most_an_instruction() -> None:
 
 def test_the_estimate_counts_half_empty_tiles() -> None:
     """256 slots on 32 experts are 8 an expert: half of a tile of 16 rows."""
-    code = """
-from workbench.bench import kernels
-for s in kernels.compile_cases("moe", "sm_90"):
-    if s.name == "moe.gate_up" and s.products:
-        print(round(kernels._filled(s), 3), s.problem)
-"""
-    filled = {problem: float(part) for part, problem in (row.split(" ", 1) for row in compiled(code).splitlines())}
+    cases = [c for c in kernels.compile_cases("moe", "sm_90") if c.name == "moe.gate_up" and c.products]
+    filled = {case.problem: kernels._filled(case) for case in cases}
     assert filled["gpt-oss-20b, decode of 64 tokens"] == pytest.approx(0.5, abs=0.01)
     assert filled["gpt-oss-20b, prefill of 8,192 tokens"] == 1
 

@@ -352,16 +352,16 @@ class LivePage:
         layers = {"steer": (middle,), "vector": (middle,), "patch": (middle,)}.get(kind, tuple(range(middle + 1)))
         strength = {"reweight": 0.5, "scale_sinks": 0.5}.get(kind, 1.0)
         # what is asked most: does the final answer need attention to the analysis, or this effort
-        asked: dict[str, Any] = {
+        asked: dict[str, dict[str, Any]] = {
             "knockout": {"scope": Scope(channel=("final",)), "keys": Scope(channel=("analysis",))},
             "patch": {"source_effort": "low" if self._effort.value == "high" else "high"},
-        }.get(kind, {})
+        }
         one = Intervention(
             kind,
             cells=cells if kind in CELL_KINDS else (),
             layers=() if kind in (*CELL_KINDS, "feature") else layers,
             strength=strength,
-            **asked,
+            **asked.get(kind, {}),
         )
         self._put_cards([*self._cards, self._card(one)])
         if kind in CELL_KINDS:
