@@ -11,14 +11,18 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import parse_qsl, urlsplit
 
+import panel
 import pytest
 from tornado.websocket import WebSocketClosedError
 
+from tests.cli.running import run_command
 from tests.dashboards.browsing import SCREENSHOTS, UNNAMED, Session, frame_of, heat, serve, stop
 from tests.serving import free_port, wait_for
+from workbench.dashboards import app as dashboard
 from workbench.dashboards.app import expect_closed_connections
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -69,32 +73,36 @@ def test_a_link_that_names_what_does_not_exist_opens_all_the_same(demo: str, bro
     assert session.errors == []
 
 
-def test_text_from_a_run_is_text(demo_run: Path, tmp_path: Path, browser: Browser) -> None:
-    """A checkpoint that calls itself <script> must not run."""
-    evil = shutil.copytree(demo_run, tmp_path / "evil.zarr")
+@pytest.fixture(scope="module")
+def three_runs(demo_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """A dashboard of evil.zarr, whose checkpoint calls itself <script>, demo.zarr and gone.zarr; and their folder."""
+    folder = tmp_path_factory.mktemp("runs")
+    evil, gone = (shutil.copytree(demo_run, folder / name) for name in ("evil.zarr", "gone.zarr"))
     attributes = json.loads((evil / "zarr.json").read_text())
     attributes["attributes"]["checkpoint"]["name"] = (
         "<script>window.evil = 1</script><img src=x onerror='window.evil = 1'>"
     )
     (evil / "zarr.json").write_text(json.dumps(attributes))
-    server, url = serve(str(evil))
-    try:
-        session = Session(browser, url).drawn()
-        assert session.page.evaluate("window.evil") is None
-        assert session.foreign == []
-    finally:
-        stop(server)
+    server, url = serve(str(evil), str(demo_run), str(gone))
+    yield url, folder
+    stop(server)
 
 
-def test_a_deleted_run_is_named_as_missing(demo_run: Path, tmp_path: Path, browser: Browser) -> None:
-    copy = shutil.copytree(demo_run, tmp_path / "gone.zarr")
-    server, url = serve(str(copy))
-    try:
-        shutil.rmtree(copy)
-        session = Session(browser, url)
-        expect(session.page.get_by_text("does not exist").first).to_be_visible(timeout=300_000)
-    finally:
-        stop(server)
+def test_text_from_a_run_is_text(three_runs: tuple[str, Path], browser: Browser) -> None:
+    """A checkpoint that calls itself <script> must not run."""
+    session = Session(browser, three_runs[0]).drawn()
+    assert session.page.evaluate("window.evil") is None
+    assert session.foreign == []
+
+
+def test_a_deleted_run_is_named_as_missing(three_runs: tuple[str, Path], browser: Browser) -> None:
+    """Negative control: the same text is not on the page of a run that is there."""
+    url, folder = three_runs
+    shutil.rmtree(folder / "gone.zarr")
+    session = Session(browser, f"{url}/overview?run=gone")
+    expect(session.page.get_by_text("does not exist").first).to_be_visible(timeout=300_000)
+    session = Session(browser, f"{url}/overview?run=demo").drawn()
+    expect(session.page.get_by_text("does not exist")).to_have_count(0)
 
 
 @pytest.mark.parametrize(
@@ -280,18 +288,13 @@ def test_panel_serve_shows_the_same_pages(demo_run: Path, browser: Browser) -> N
 
 
 def test_two_runs_are_compared_and_one_asks_for_another(
-    demo: str, demo_run: Path, tmp_path: Path, browser: Browser
+    demo: str, three_runs: tuple[str, Path], browser: Browser
 ) -> None:
     alone = Session(browser, f"{demo}/compare")
     expect(alone.page.get_by_text("Start the dashboard with two runs").first).to_be_visible(timeout=300_000)
-    other = shutil.copytree(demo_run, tmp_path / "other.zarr")
-    server, url = serve(str(demo_run), str(other))
-    try:
-        session = Session(browser, f"{url}/compare").drawn()
-        expect(session.page.get_by_text("routers agree on 100.0 %").first).to_be_attached()
-        assert session.errors == []
-    finally:
-        stop(server)
+    session = Session(browser, f"{three_runs[0]}/compare").drawn()
+    expect(session.page.get_by_text("routers agree on 100.0 %").first).to_be_attached()
+    assert session.errors == []
 
 
 def test_a_run_that_is_written_shows_moving_progress(tmp_path: Path, browser: Browser) -> None:
@@ -315,28 +318,44 @@ def test_a_run_that_is_written_shows_moving_progress(tmp_path: Path, browser: Br
             stop(server)
 
 
+def refused(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> str:
+    """Return the line by which `workbench dashboard …` refuses to serve; fail if it begins to."""
+
+    def begins(*pages: object, **options: object) -> None:
+        pytest.fail("the dashboard is served")
+
+    monkeypatch.setattr(panel, "serve", begins)
+    monkeypatch.setattr(dashboard, "_warm", lambda registry: None)  # which would go on after the test
+    done = run_command("dashboard", *arguments)
+    assert done.code == 2
+    assert done.err.count("\n") == 1
+    return done.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["/no/such.zarr"], "does not exist"), ([os.devnull], "a file"), ([str(Path(__file__).parent)], "is not a run")],
 )
-def test_a_path_that_is_no_run_is_refused_before_serving(arguments: list[str], message: str) -> None:
-    command = [sys.executable, "-m", "workbench.cli", "dashboard", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_a_path_that_is_no_run_is_refused_before_serving(
+    arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert message in refused(monkeypatch, *arguments)
 
 
-def test_a_port_in_use_is_refused_in_one_line(demo_run: Path) -> None:
+def test_a_port_in_use_is_refused_in_one_line(demo_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        command = [sys.executable, "-m", "workbench.cli", "dashboard", str(demo_run), "--port", port]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 2
-    assert f"port {port}" in done.stderr
-    assert "--port" in done.stderr
+        message = refused(monkeypatch, str(demo_run), "--port", port)
+    assert f"port {port}" in message
+    assert "--port" in message
+
+
+def test_a_run_and_a_free_port_are_not_refused(demo_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Negative control of the refusals."""
+    with pytest.raises(pytest.fail.Exception, match="the dashboard is served"):
+        refused(monkeypatch, str(demo_run), "--port", str(free_port()))
 
 
 @pytest.mark.parametrize(
