@@ -87,6 +87,7 @@ class Session:
                  if (e.classList.contains('js-plotly-plot') && e.querySelector('.main-svg')) all.push(e);
                  if (e.shadowRoot) walk(e.shadowRoot); } }; walk(document); return all.length >= count }""",
             arg=count,
+            polling=200,  # ms; the default is each frame, and walks through all elements as often
             timeout=300_000,
         )
         return self
