@@ -70,7 +70,7 @@ def answer_html(
             f'<div class="lv-message" style="--lv-channel:{escape(colour)}"><div class="lv-head">{escape(head)}</div>'
             f'<div class="lv-text">{"".join(pieces)}</div></div>'
         )
-    return "".join(blocks) or '<p class="wb-muted">Generating the header of the first message.</p>'
+    return "".join(blocks) or '<p class="wb-muted">The model writes the header of the first message.</p>'
 
 
 def _token(
