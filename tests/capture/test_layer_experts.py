@@ -104,7 +104,7 @@ def test_heat_maps_mark_missing_cells_and_use_each_layers_uniform_load(
     np.testing.assert_allclose(coloured.z[3][:5], np.where(share[3, :5] > 0, share[3, :5] * 5, np.nan))
     crosses = next(trace for trace in figure.data if trace.type == "scatter" and trace.marker.symbol == "x-thin")
     assert set(zip(crosses.y, crosses.x, strict=True)) == set(zip(*np.nonzero(~EXISTS), strict=True))
-    assert "1/5 to 16" in figure.layout.coloraxis.colorbar.title.text
+    assert "over 1/5 to 16;" in figure.layout.title.subtitle.text
     entropy = routing_figures.entropy_by_layer(load)
     assert any(
         np.allclose(trace.y, np.log(KEEP)) for trace in entropy.data if trace.y is not None and len(trace.y) == 4

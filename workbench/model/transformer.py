@@ -29,7 +29,6 @@ from workbench.model.config import Config
 from workbench.model.generate import generate, generate_stream, with_options_of
 from workbench.model.generation_loop import GenerationStep
 from workbench.model.layers import ELSEWHERE, Block, Embed, RMSNorm, Unembed
-from workbench.model.mapped_pages import FEWEST_TOKENS, map_pages
 from workbench.model.pass_context import PassContext
 from workbench.model.rope import inverse_frequencies
 from workbench.model.text import TextMethods
@@ -119,8 +118,6 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
             pair for i, pair in enumerate(zip(self.blocks, self.devices, strict=True)) if i in chosen
         ]:
             x, where = x.to(device), where.to(device)
-            if device.type == "cpu" and tokens.numel() > FEWEST_TOKENS:
-                map_pages(block)
             with torch.cuda.device_of(x):  # Triton launches on the current device; nothing off GPUs
                 if self.checkpointing and cache is None and torch.is_grad_enabled():
                     x = self._checkpointed(block, x, where)
