@@ -58,7 +58,8 @@ def _start(count: int, resources: dict[str, int], security: Any) -> Any:
     """Return a cluster whose processes have SIGINT blocked, as every thread and process that this thread starts."""
     from distributed import LocalCluster
 
-    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+    if hasattr(signal, "pthread_sigmask"):  # Windows has none: workers that Ctrl-C reaches there end by themselves
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     with isolated_children():
         return LocalCluster(
             n_workers=count,
@@ -88,9 +89,9 @@ def _wait_for(starting: "Future[Any]", count: int, check: Callable[[], None]) ->
         return starting.result()
     except (RuntimeError, OSError, MemoryError) as error:
         raise JobError(
-            f"{count_of(count, 'worker')} could not be started on this machine ({_reason(error)}): check "
-            f"its free memory and the "
-            "limits of processes and open files (`ulimit -a`), or use fewer --workers; rerun the command to resume"
+            f"{count_of(count, 'worker')} could not be started on this machine ({_reason(error)}): check its free "
+            "memory and the limits of processes and open files (`ulimit -a`), or use fewer --workers; rerun "
+            "the command to resume"
         ) from error
 
 
