@@ -15,6 +15,7 @@ from workbench.bench import first, first_steps
 from workbench.bench.first import STEPS, Step
 from workbench.cli import app
 from workbench.errors import JobError
+from workbench.hooks import recorders
 from workbench.kernels import mxfp4
 from workbench.model import decode_graph
 from workbench.model.cache import KVCache
@@ -173,6 +174,14 @@ def test_variants_of_a_pass_are_compared_with_plain_passes(
     load = wb.load
     monkeypatch.setattr(wb, "load", lambda *args, **options: Broken(load(*args, **options), what))
     with pytest.raises(JobError, match=message):
+        first_steps.variants("cpu")
+
+
+def test_what_a_recorder_copies_is_compared_with_the_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy that is read before it is finished holds other values."""
+    copy = recorders._to_host
+    monkeypatch.setattr(recorders, "_to_host", lambda x, dtype: copy(x, dtype) * (torch.arange(len(x)) < 100)[:, None])
+    with pytest.raises(JobError, match=r"a recorder has copied from cpu differs .*blocks\.0\.hook_resid_post"):
         first_steps.variants("cpu")
 
 
