@@ -61,7 +61,7 @@ demo: .venv/.user
 	$(call step,what the run says,$(BIN)/workbench summary runs/demo.zarr)
 	@printf '\nreport: runs/demo/report.html   figures: runs/demo/*.html   dashboard: make dashboard\n\n'
 ifneq ($(SERVE),0)
-	$(BIN)/workbench dashboard runs/demo.zarr --port $(PORT)
+	$(BIN)/workbench dashboard runs/demo.zarr --model nano --port $(PORT)
 endif
 
 # Rebuilds everything in data/ that is made: an hour and a half on two cores.
@@ -98,7 +98,7 @@ docs: .venv/.dev
 	$(BIN)/mkdocs build --strict --quiet
 
 dashboard: .venv/.user
-	$(BIN)/workbench dashboard runs/demo.zarr --port $(PORT)
+	$(BIN)/workbench dashboard runs/demo.zarr --model nano --port $(PORT)
 
 # hundreds of processes of the tests import the same modules: Python may keep them compiled
 test check: export PYTHONDONTWRITEBYTECODE :=
