@@ -16,6 +16,7 @@ from numba.extending import intrinsic
 
 from workbench.kernels.cpu.vectors import (
     LANES,
+    Value,
     _broadcast,
     _f32,
     _floats,
@@ -33,7 +34,6 @@ from workbench.kernels.cpu.vectors import (
 )
 
 Builder = Any
-Value = Any
 _VECTOR = 4 * LANES  # bytes
 _EXP = (
     1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1, 1.0, 1.0

@@ -26,7 +26,9 @@ from numba.extending import intrinsic
 from workbench.kernels.cpu.compilation import compile_loop
 from workbench.kernels.cpu.row_loops import _rounded_bits, _widened, bfloat16_at, set_float
 from workbench.kernels.cpu.vectors import (
+    GROUP,
     LANES,
+    Value,
     _all_values,
     _broadcast,
     _f32,
@@ -52,13 +54,10 @@ OUTPUTS, DEPTH = 2 * LANES, 128
 LEAST_ROWS, MOST_ROWS = 4, 12  # of a block; with fewer, a sum would wait for its predecessor
 JOB_ROWS = 512  # at most, in all blocks of a job
 JOB_FIELDS = 6  # matrix; position of its first row, and how many rows; blocks, rows of each; rows of blocks before
-_GROUP = 32
 _ROW_BYTES = 4 * OUTPUTS  # of a tile: the outputs of one input; and of sums: the outputs of one row
 _LINE = 64  # bytes of the cache
 _TILE_BYTES = _ROW_BYTES * DEPTH
 THREAD_BYTES = _TILE_BYTES + _ROW_BYTES * JOB_ROWS
-
-Value = Any
 
 
 def _store_inputs(b: Any, values: list[Value], result: Value) -> None:
@@ -311,10 +310,10 @@ def _multiply_packed(
             return
         job, output = item // tiles, item % tiles * OUTPUTS
         blocks, rows = _field(jobs, job, 3), _field(jobs, job, 4)
-        x = inputs + 4 * _field(jobs, job, 5) * 32 * groups
+        x = inputs + 4 * _field(jobs, job, 5) * GROUP * groups
         base = _field(jobs, job, 0) * outputs + output
-        for start in range(0, groups, DEPTH // 32):
-            depth = min(DEPTH // 32, groups - start)
+        for start in range(0, groups, DEPTH // GROUP):
+            depth = min(DEPTH // GROUP, groups - start)
             if start + depth < groups:
                 _ask_for_rows(packed + 16 * (base * groups + start + depth), 16 * groups, DEPTH // 2)
             else:
@@ -323,8 +322,10 @@ def _multiply_packed(
             for group in range(depth):
                 for vector in range(OUTPUTS // LANES):
                     at = (base + LANES * vector) * groups + start + group
-                    _unpack_group(packed + 16 * at, scales + at, groups, tile + 32 * _ROW_BYTES * group + 64 * vector)
-            _add_products(tile, x + 4 * 32 * start * blocks * rows, sums, 32 * depth, blocks, rows, start)
+                    _unpack_group(
+                        packed + 16 * at, scales + at, groups, tile + GROUP * _ROW_BYTES * group + 64 * vector
+                    )
+            _add_products(tile, x + 4 * GROUP * start * blocks * rows, sums, GROUP * depth, blocks, rows, start)
         _store_results(sums, jobs, job, order, bias, outputs, output, results)
 
 
@@ -345,7 +346,7 @@ def _multiply_dense(counter, memory, jobs, number, matrix, width, outputs, input
                 _ask_for_rows(matrix + 2 * (output * width + start + depth), 2 * width, 2 * DEPTH)
             else:
                 _ask_for_rows(matrix + 2 * (output + OUTPUTS) * width, 2 * width, 2 * DEPTH)
-            for first in range(0, depth, 32):
+            for first in range(0, depth, GROUP):
                 for vector in range(OUTPUTS // LANES):
                     at = matrix + 2 * ((output + LANES * vector) * width + start + first)
                     _widen_group(at, width, tile + _ROW_BYTES * first + 64 * vector)
