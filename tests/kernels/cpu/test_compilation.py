@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -31,12 +32,15 @@ def load(path: Path) -> ModuleType:
 def added(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], int]:
     """What the loop adds, compiled as in a new process, when its helper was written to add `amount`."""
     monkeypatch.delenv("NUMBA_CACHE_DIR", raising=False)
+    # Without this, Python would take the old helper from its bytecode: the age and the size of the text are the same.
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     (tmp_path / "loop.py").write_text(LOOP)
     os.utime(tmp_path / "loop.py", (0, 0))
 
     def compiled(amount: int) -> int:
         (tmp_path / "helper.py").write_text(HELPER.format(amount=amount))
-        monkeypatch.setitem(__import__("sys").modules, "helper", load(tmp_path / "helper.py"))
+        os.utime(tmp_path / "helper.py", (1, 1))
+        monkeypatch.setitem(sys.modules, "helper", load(tmp_path / "helper.py"))
         compilation.sources_digest.cache_clear()
         values = np.zeros(1, np.int64)
         compilation.compile_loop(load(tmp_path / "loop.py").add, types.int64[::1])(values)
