@@ -27,7 +27,7 @@ _LIGHT = 2**20  # values of an expert's matrix below which handing it to a threa
 # Up to these the compiled CPU kernels multiply by packed matrices without unpacking them: 32 tokens, or 256 (all slots
 # take about 100 MB) where an expert has 24 rows on average. Measured, one thread (Emerald Rapids without AMX), a
 # matrix of 5760 × 2880 and 8, 16, 24, 32 rows: 3.1, 5.8, 8.7 and 11.6 ms; unpacked for torch 5.4, 7.0, 8.8 and 10.3.
-# With AVX-512 more than 32 tokens take its tiles: 4, 9, 16, 24 rows 2.2, 3.3, 4.3 and 5.7 ms.
+# With AVX-512 more than 32 tokens take its tiles: 4, 9, 16, 24 rows 1.8, 2.3, 3.0 and 4.0 ms.
 _FEW_TOKENS, _SHORT, _FEW_ROWS = 32, 256, 24
 ActivationHook = Callable[[Tensor], Tensor]
 

@@ -114,7 +114,7 @@ def few_rows(x: Tensor, *tensors: Tensor | None) -> ModuleType | None:
 
 
 def slot_steps(rows: Sequence[Tensor], *others: Tensor) -> ModuleType | None:
-    """Return `workbench.kernels.cpu.slots` if these rows are bfloat16 and it can be applied to all tensors."""
+    """Return `workbench.kernels.cpu.slots` if these rows [... d] are bfloat16 and it can be applied to all tensors."""
     if any(tensor.dtype != torch.bfloat16 for tensor in rows) or not compiled(*rows, *others):
         return None
     return importlib.import_module("workbench.kernels.cpu.slots")

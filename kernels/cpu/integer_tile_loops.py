@@ -4,13 +4,15 @@ A group of 32 inputs of a row becomes 16-bit integers times one power of two, so
 2^14 and 2^15. An input of bfloat16 not below 1/128 of the largest is exact; a smaller one is rounded to 2^-15 of the
 largest. Twice a value of MXFP4 is an integer of at most 12. A sum over a group is therefore exact: its integer, below
 2^24, is exact in float32 too, and so are its products with both powers of two. Sums over the groups are in float32, in
-the order of the groups, whatever the number of rows. NaN or infinity among 32 inputs makes the row's results NaN.
+the order of the groups, whatever the number of rows. NaN or infinity among its inputs makes a row's results NaN; what
+is below 2^-127 becomes 0.
 
 A tile is 32 outputs by 256 inputs. An instruction adds the products of two neighbouring inputs for 16 outputs, so that
 inputs and values are pairs: tile [group, pair, output], inputs [group, pair, row], of two 16-bit integers. What follows
 the 16 pairs of a group are the scales, of outputs and of rows, in float32. Jobs and blocks are those of `tile_jobs`.
 
-Measured, one thread (Emerald Rapids), a matrix of 5760 × 2880: MEASURED.
+Measured, one thread (Emerald Rapids), a matrix of 5760 × 2880: 9 rows 2.3 ms, 24 rows 4.0 ms, 256 rows 32 ms
+(264 GFLOP/s), and as products in float32, 3.1, 6.0 and 56 ms in the same run; the errors against float64 are equal.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""SwiGLU and the sum over slots, `workbench.kernels.cpu.slots`, against float64, with implementations that are wrong."""
+"""SwiGLU and the sum over slots, `workbench.kernels.cpu.slots`, against float64 and against wrong results."""
 
 import pytest
 import torch
