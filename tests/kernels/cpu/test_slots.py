@@ -1,4 +1,4 @@
-"""SwiGLU and the sum over slots, `workbench.kernels.cpu.slots`, against float64 and against wrong results."""
+"""SwiGLU and the sum over slots by `workbench.kernels.cpu.slot_loops`, against float64 and against wrong results."""
 
 import pytest
 import torch

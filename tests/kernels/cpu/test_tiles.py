@@ -1,4 +1,8 @@
-"""Products of many rows by tiles of a matrix, `workbench.kernels.cpu.tile_loops`, against float64."""
+"""Products of many rows by tiles of a matrix, `workbench.kernels.cpu.tiles`, against float64.
+
+The loops are those of `workbench.kernels.cpu.dense_tile_loops` and `workbench.kernels.cpu.integer_tile_loops`, with the
+jobs of `workbench.kernels.cpu.tile_jobs`.
+"""
 
 import pytest
 import torch
