@@ -3,9 +3,11 @@
 Exit codes: 0 done, 1 the job failed, 2 wrong usage or refused input.
 """
 
+import functools
 import io
 import os
 import sys
+import warnings
 from contextlib import suppress
 from typing import Annotated, Any, NoReturn
 
@@ -56,8 +58,18 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a locale without a character shows its escape
             stream.reconfigure(errors="backslashreplace")
+    show = warnings.showwarning
+    warnings.showwarning = functools.partial(_show_warning, show)
     with visible_controls():
         _run_and_exit()
+
+
+def _show_warning(show: Any, message: Any, category: type[Warning], *where: Any, **options: Any) -> None:
+    """Print a warning of the workbench itself as one line; show those of other packages by `show`."""
+    if category.__module__.startswith("workbench."):
+        print(f"workbench: {visible(' '.join(str(message).split()))}", file=sys.stderr)
+    else:
+        show(message, category, *where, **options)
 
 
 def _run_and_exit() -> NoReturn:
