@@ -121,10 +121,11 @@ def _run() -> int:
         if isinstance(ended.__context__, BrokenPipeError):  # typer itself ends at a closed pipe, with 1
             raise ended.__context__ from None
         raise
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not _lacks_memory(error):
+    except (MemoryError, RuntimeError, ImportError) as error:
+        if isinstance(error, JobError) or not (isinstance(error, MemoryError) or _lacks_memory(error)):
             raise
-        raise JobError(f"not enough memory: use smaller numbers, or another machine ({error})") from error
+        reason = f" ({error})" if str(error) else ""
+        raise JobError(f"not enough memory: use smaller numbers, or another machine{reason}") from error
     if code == _INTERRUPT_CODE:  # typer returns it for Ctrl-C and shows nothing
         raise KeyboardInterrupt
     if sys.stdout is not None:
@@ -132,9 +133,10 @@ def _run() -> int:
     return code if isinstance(code, int) else 0
 
 
-def _lacks_memory(error: RuntimeError) -> bool:
-    """Return whether torch could not allocate memory, of the machine or of a GPU."""
-    return type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
+def _lacks_memory(error: Exception) -> bool:
+    """Return whether torch could not allocate memory, of the machine or of a GPU, or a library could not be loaded."""
+    texts = ("allocate memory", "failed to map segment", "can't start new thread")
+    return type(error).__name__ == "OutOfMemoryError" or any(text in str(error) for text in texts)
 
 
 def _fail(message: str, code: int) -> NoReturn:
