@@ -180,16 +180,17 @@ _BEFORE = {"overview": "Overview"}
 _AFTER = {
     "transcript": "Conversations",
     "attention": "Attention",
-    "features": "Features",
     "causal": "Causal results",
     "graph": "Why this token",
 }
 
 
 def page_titles() -> dict[str, str]:
-    """Return the title of every page by its address: those of the studies of the registry, and those of runs."""
-    one, two = ({r.page or r.name: r.page_title or r.title for r in registry.studies(runs=n)} for n in (1, 2))
-    return _BEFORE | one | _AFTER | two
+    """Return the title of every page by its address. A page of several studies has the title of the first one."""
+    titles = [dict(_BEFORE), {}]
+    for record in registry.studies():
+        titles[record.runs - 1].setdefault(record.page or record.name, record.title)
+    return titles[0] | _AFTER | titles[1]
 
 
 def study_page(session: Session, page: str) -> Page:

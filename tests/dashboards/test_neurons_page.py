@@ -90,7 +90,8 @@ def test_texts_of_examples_are_only_text() -> None:
     assert "--share:100%" in coloured_example(session, row, ["a"], [2.0], ""), "a strength has a largest value"
     colours = coloured_example(session, row, ["a", "<|end|>", "b"], [1.0, 2.0, 0.0], "")
     assert colours.count("wb-own") == 1, "one token is the example"
-    assert colours.index("wb-own") < colours.index("&lt;|end|&gt;") < colours.index("b</a>")
+    assert colours.index("wb-own") < colours.rindex("&lt;|end|&gt;") < colours.index("b</span></a>")
+    assert "<span>one↵two</span>" in example(session, row | {"before": "one\ntwo"}, ""), "an example is one line"
     assert "wb-special'>&lt;|end|&gt;</span>" in example(session, row | {"after": "<|end|>"}, "")
 
 

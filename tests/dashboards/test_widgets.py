@@ -27,3 +27,10 @@ def test_a_column_of_links_keeps_its_values_and_shows_no_address() -> None:
     few = widgets._plain_table(rows.head(2), {"expert": ["./a?b=1&c=2", ""]}).object
     assert '<a href="./a?b=1&amp;c=2">0</a>' in few
     assert "<td>1</td>" in few, "without an address there is no link"
+
+
+def test_several_reasons_are_a_list_and_one_is_a_sentence() -> None:
+    several = widgets.unavailable("No results", "Skipped: a, as <b>. Skipped: c, as d. Skipped: a, as <b>.").object
+    assert several.count("<li>") == 2
+    assert "<li>A, as &lt;b&gt;.</li>" in several
+    assert "No results: the run has 1 effort" in widgets.unavailable("No results", "the run has 1 effort").object
