@@ -163,7 +163,7 @@ def _differences(session: Session) -> pn.Column:
         results = {f"{name}/{key}": ds for name, a in answers.items() for key, ds in (a.datasets or {}).items()}
         if results:
             return Answer(results)
-        reasons = [f"Skipped: {registry.find(name).title}: {a.reason}" for name, a in answers.items() if a.reason]
+        reasons = [f"Skipped: {a.reason.removeprefix('Skipped: ')}" for a in answers.values() if a.reason]
         return Answer(reason=" ".join(reasons))
 
     def show(datasets: Mapping[str, xr.Dataset]) -> list[Any]:

@@ -226,7 +226,8 @@ def absent_pages(session: Session) -> set[str]:
         run = session.run
     except InputError:
         return set()
-    absent = {page for page in page_titles() if page == "compare" and len(session.registry.names) < 2}
+    absent = {"compare"} if len(session.registry.names) < 2 else set()
+    absent |= {"effort"} if len(session.registry.efforts(session.name)) < 2 else set()
     for record in registry.studies(runs=1):
         page = record.page or record.name
         if _study_of(page) == record and missing_record(record, run) is not None:

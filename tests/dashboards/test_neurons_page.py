@@ -122,7 +122,9 @@ def test_pages_without_a_record_are_grey_and_say_how_to_record_it(run: Run) -> N
     without, with_neurons = session_of(DATA / "demo.zarr"), session_of(Path(run.path))
     assert {"neuron-examples", "features", "compare", "label-probes"} <= absent_pages(without)
     assert "neuron-examples" not in absent_pages(with_neurons), "negative control: a run that has neurons"
-    assert "experts" not in absent_pages(without)
+    assert not {"experts", "effort"} & absent_pages(without)
+    without.registry.efforts = lambda *_: ["high"]  # type: ignore[method-assign]
+    assert "effort" in absent_pages(without), "it compares efforts"
     page = made("neuron-examples", without)
     assert any("no recorded neurons" in str(part.object) for part in page.main)
     assert any("--record routing --record neurons" in str(part.object) for part in page.main)

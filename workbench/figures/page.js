@@ -13,6 +13,7 @@ function draw(holder, theme, width) {
   const source = document.getElementById(`${holder.id}-${theme}`);
   const figure = JSON.parse(source.textContent);
   if (width) figure.layout.width = width;
+  else if (figure.layout.width > holder.clientWidth) figure.layout.width = Math.max(holder.clientWidth, 400);
   holder.dataset.drawn = wanted;
   return Plotly.react(holder, figure.data, figure.layout, config);
 }
