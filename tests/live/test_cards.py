@@ -86,6 +86,7 @@ def test_a_wrong_input_is_refused_on_its_card(server: ModelServer, kind: str, te
             assert len(problem) < 400
             assert f"Intervention 2, {TITLES[kind]}: " in page._status.object
             assert (page._job, other._problem.object, field.value) == (None, "", text)
+        assert not card.view.collapsed
         field.value = right
         assert page.recipe() == before
         assert card._problem.object == "", "what is right again is not marked any more"
@@ -121,3 +122,26 @@ def test_a_direction_without_tokens_is_refused_on_its_card(server: ModelServer) 
     assert "Intervention 2, Steer along a direction: " in page._status.object
     assert page._cards[0]._problem.object == ""
     assert "2 new tokens" in page._answers[0].object, "the original answer stays"
+
+
+def test_a_folded_card_states_its_intervention_and_opens_where_it_is_refused(server: ModelServer) -> None:
+    page = LivePage(server, RECIPE, "light", lambda _: None)
+    page._add_intervention("scale_sinks")
+    page._add_intervention("steer")
+    first, second = page._cards
+    assert (first.view.collapsed, second.view.collapsed) == (True, False)
+    assert first.view.title == "Scale sinks: sinks of layer 0, 1, 2 × 0.5; acts on all tokens"
+    assert second.view.title == "Steer along a direction"
+    first._strength.widget.value = "x"
+    page.run()
+    assert (first.view.collapsed, first.view.title) == (False, "Scale sinks")
+    first.fold()
+    assert first.view.title == "Scale sinks: Strength &#x27;x&#x27;: expected a number from 0 to 1e30"
+    again = LivePage(server, before_of(page), "light", lambda _: None)
+    assert [card.view.collapsed for card in again._cards] == [True, False]
+
+
+def before_of(page: LivePage) -> Recipe:
+    """Return the recipe of a page after its first card was repaired."""
+    page._cards[0]._strength.widget.value = "0.5"
+    return page.recipe()

@@ -160,6 +160,20 @@ class InterventionCard:
             stylesheets=[CARD_CSS],
             margin=(4, 0),
         )
+        self.view.param.watch(self._name_folded, "collapsed")
+
+    def fold(self) -> None:
+        """Fold the card to one line, which states what the intervention does."""
+        self.view.collapsed = True
+
+    def _name_folded(self, *_: Any) -> None:
+        text = ""
+        if self.view.collapsed:
+            try:
+                text = f": {self.intervention().describe()}"
+            except InputError as error:
+                text = f": {error}"
+        self.view.title = self.title + escape(text)  # the title of a card is HTML
 
     @staticmethod
     def _source_widget(one: Intervention, names: Sequence[str]) -> Any:
@@ -198,6 +212,8 @@ class InterventionCard:
     def show_problem(self, text: str, kind: str = "danger") -> None:
         """Show on the card why the intervention cannot be used, or nothing for an empty text. kind: of the note."""
         self._problem.object = note(text, kind) if text else ""
+        if text:
+            self.view.collapsed = False
 
     def intervention(self) -> Intervention:
         """Return the intervention that the widgets describe.

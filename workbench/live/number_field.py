@@ -58,5 +58,5 @@ class NumberField:
         return float(number) if not self._whole else int(number)
 
     def _range(self) -> str:
-        low, high = (f"{end:,}" if abs(end) < 1e15 else f"{end:g}" for end in (self.low, self.high))
+        low, high = (f"{end:,}" if abs(end) < 1e15 else f"{end:g}".replace("e+", "e") for end in (self.low, self.high))
         return f"from {low} to {high}"

@@ -375,6 +375,8 @@ class LivePage:
             strength=strength,
             **asked.get(kind, {}),
         )
+        for card in self._cards:  # so that the answers stay near the prompt
+            card.fold()
         self._put_cards([*self._cards, self._card(one)])
         if kind in CELL_KINDS:
             self._map.chosen = []
@@ -402,6 +404,8 @@ class LivePage:
         self._more.collapsed = not (recipe.developer or recipe.begin or recipe.expected)
         self._put_history(recipe.history)
         self._put_cards([self._card(one) for one in recipe.interventions])
+        for card in self._cards[:-1]:
+            card.fold()
 
     def _finished(self) -> Experiment:
         """Return the experiment whose answers are shown, once they are not generated any more."""
