@@ -92,6 +92,9 @@ def moe(
     products = cpu.compiled(x, weights.gate_up_bias, weights.down_bias) if _few(experts, weights) else None
     if products and not products.covers_experts(x, weights.gate_up, weights.down):
         products = None
+    mapped = isinstance(weights.gate_up, GgmlMxfp4)
+    if mapped and len(x) > _FEW_TOKENS and _tiles(x, weights.gate_up, weights.gate_up_bias):
+        products = None  # tiles take the published order, of one expert at a time, and give its results
     if any(taps) or len(x) <= _TOKENS:
         return _layer(x, experts, gates, weights, taps, products)
     parts = zip(x.split(_TOKENS), experts.split(_TOKENS), gates.split(_TOKENS), strict=True)
@@ -106,9 +109,13 @@ def _few(experts: Tensor, weights: Experts) -> bool:
 
 
 def _tiles(x: Tensor, matrix: object, bias: Tensor) -> ModuleType | None:
-    """Return `workbench.kernels.cpu.tiles` where it multiplies many rows x by these packed matrices."""
-    tiles = cpu.many_rows(x, *matrix, bias) if isinstance(matrix, Mxfp4) else None
-    return tiles if tiles and tiles.covers_packed(*matrix) else None  # type: ignore[misc]
+    """Return `workbench.kernels.cpu.tiles` where it multiplies many rows x by one of these packed matrices."""
+    if not isinstance(matrix, Mxfp4 | GgmlMxfp4):
+        return None
+    tiles = cpu.many_rows(x, *(matrix if isinstance(matrix, Mxfp4) else matrix.parts), bias)
+    if isinstance(matrix, GgmlMxfp4):  # of which a copy of one matrix is made in the published order
+        return tiles if tiles and tiles.covers_outputs(bias.shape[1]) else None
+    return tiles if tiles and tiles.covers_packed(*matrix) else None
 
 
 def _layer(
@@ -160,7 +167,8 @@ def _layer(
 
     def launcher(rows: Tensor, matrix: object, bias: Tensor) -> ModuleType:
         """Return the module whose `expert_linear` multiplies these rows: that of few rows, or that of tiles."""
-        return (len(x) > _FEW_TOKENS and _tiles(rows, matrix, bias)) or products
+        many = len(x) > _FEW_TOKENS and isinstance(matrix, Mxfp4)
+        return (_tiles(rows, matrix, bias) if many else None) or products
 
     wide = torch.promote_types(x.dtype, torch.float32)
     if products or taps.gate or taps.up:
@@ -197,15 +205,9 @@ def _linear(
     """Return these rows of x, all by default, times expert e's matrix, plus its bias."""
     if tiles := _tiles(x, matrix, bias):
         return tiles.packed_linear(x, matrix.at(e), bias[e], rows)
-    return _product(x if rows is None else x[rows], matrix, e) + bias[e]
-
-
-def _product(
-    x: Float[Tensor, "rows inputs"], matrix: Mxfp4 | GgmlMxfp4 | LoraWeight | Tensor, e: int
-) -> Float[Tensor, "rows outputs"]:
-    """x times expert e's matrix."""
-    if isinstance(matrix, GgmlMxfp4):
-        return ggml.linear(x, matrix, e)
+    own = x if rows is None else x[rows]
     if isinstance(matrix, LoraWeight):
-        return _product(x, matrix.base, e) + x @ matrix.a[e].to(x.dtype) @ matrix.b[e].to(x.dtype)
-    return linear(x, matrix.at(e) if isinstance(matrix, Mxfp4) else matrix[e])
+        return _linear(own, None, matrix.base, bias, e) + own @ matrix.a[e].to(x.dtype) @ matrix.b[e].to(x.dtype)
+    if isinstance(matrix, GgmlMxfp4):
+        return ggml.linear(own, matrix, e) + bias[e]
+    return linear(own, matrix.at(e) if isinstance(matrix, Mxfp4) else matrix[e]) + bias[e]

@@ -44,7 +44,12 @@ def covers_dense(weight: Tensor) -> bool:
 
 def covers_packed(blocks: Tensor, scales: Tensor) -> bool:
     """Return whether matrices of these blocks [... outputs group 16] can be multiplied."""
-    return blocks.is_contiguous() and scales.is_contiguous() and scales.shape[-2] % OUTPUTS == 0 and available()
+    return blocks.is_contiguous() and scales.is_contiguous() and covers_outputs(scales.shape[-2])
+
+
+def covers_outputs(outputs: int) -> bool:
+    """Return whether a packed matrix with this many outputs can be multiplied."""
+    return outputs % OUTPUTS == 0 and available()
 
 
 def dense_linear(
