@@ -83,11 +83,9 @@ def dashboard_table() -> str:
         [
             f"{measured['machine']}; browser and server share it with other programs: its load average was "
             f"{measured['load_average'][0]} before and {measured['load_average'][1]} after. "
-            f"The server's peak was {measured['server_peak_gb']:.2f} GB. Each visit is that of a browser without "
-            "cache, until the page shows what it is for: the first figure of *experts*, *sinks* and *effort*, the "
-            "findings of *overview* and *channels*, a conversation. First visits are those of a server that has just "
-            "started and has no results of studies: *overview* is then timed until its tables are there, *channels* "
-            "until the sums of both channels are drawn, *effort* until its headings are there.",
+            f"The server's peak was {measured['server_peak_gb']:.2f} GB. The first visit of the page *effort* is until "
+            "its headings are there: the curve of a large run comes with the study. Measured before pages showed their "
+            "text first, loaded figures later and left out unneeded scripts.",
             "",
             "| page | first visit, s | later, s |",
             "|---|---|---|",
