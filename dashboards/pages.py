@@ -182,16 +182,17 @@ _BEFORE = {"overview": "Overview"}
 _AFTER = {
     "transcript": "Conversations",
     "attention": "Attention",
-    "features": "Features",
     "causal": "Causal results",
     "graph": "Why this token",
 }
 
 
 def page_titles() -> dict[str, str]:
-    """Return the title of every page by its address: those of the studies of the registry, and those of runs."""
-    one, two = ({r.page or r.name: r.page_title or r.title for r in registry.studies(runs=n)} for n in (1, 2))
-    return _BEFORE | one | _AFTER | two
+    """Return the title of every page by its address. A page of several studies has the title of the first one."""
+    titles = [dict(_BEFORE), {}]
+    for record in registry.studies():
+        titles[record.runs - 1].setdefault(record.page or record.name, record.title)
+    return titles[0] | _AFTER | titles[1]
 
 
 def study_page(session: Session, page: str) -> Page:
@@ -227,7 +228,8 @@ def absent_pages(session: Session) -> set[str]:
         run = session.run
     except InputError:
         return set()
-    absent = {page for page in page_titles() if page == "compare" and len(session.registry.names) < 2}
+    absent = {"compare"} if len(session.registry.names) < 2 else set()
+    absent |= {"effort"} if len(session.registry.efforts(session.name)) < 2 else set()
     for record in registry.studies(runs=1):
         page = record.page or record.name
         if _study_of(page) == record and missing_record(record, run) is not None:

@@ -164,7 +164,7 @@ class RunRegistry:
         runs = [self.run(name, exclude) for name in names]
         paths = [str(self._paths[name]) for name in names]
         lasting = all(run.status == "complete" for run in runs)
-        digest = "-".join(run.digest for run in runs)
+        digest = "-".join(run.content_digest for run in runs)
         more = {"options": options} if options else {}
         return partial(self.jobs.ask, study, paths, digest, exclude=exclude, lasting=lasting, **more)
 
@@ -187,7 +187,7 @@ class RunRegistry:
         """Return a function that asks for the attention patterns of a sequence, without waiting for them."""
         run = self.run(name)
         path = str(self._paths[name])
-        return partial(self.jobs.attention, path, run.digest, self.model(name), sequence, layers)
+        return partial(self.jobs.attention, path, run.content_digest, self.model(name), sequence, layers)
 
     def put_label(self, name: str, examples: xr.Dataset, layer: int, expert: int, label: str) -> Path:
         """Write the label of an expert into the file beside the run, and return its path.
@@ -224,7 +224,7 @@ class RunRegistry:
                 return {}
             return {"cost": effort.cost(run, table, known), "gain": effort.gain(run, table, known)}
 
-        results: dict[str, xr.Dataset] = self._once(("costs", name, exclude), run.digest, make)
+        results: dict[str, xr.Dataset] = self._once(("costs", name, exclude), run.content_digest, make)
         return results
 
     def ask_costs(self, name: str, exclude: str = "") -> Callable[[], Answer]:
@@ -250,7 +250,7 @@ class RunRegistry:
         run = self.run(name, exclude)
         if not {"coactivation", "transition"} <= set(run.summaries):
             return None
-        pairs: xr.Dataset = self._once(("pairs", name, exclude), run.digest, lambda: together(run))
+        pairs: xr.Dataset = self._once(("pairs", name, exclude), run.content_digest, lambda: together(run))
         return pairs
 
     def _once(self, key: tuple[str, ...], digest: str, make: Callable[[], Any]) -> Any:

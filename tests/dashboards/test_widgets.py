@@ -42,3 +42,10 @@ def test_deferred_content_comes_after_the_page_and_at_once_on_a_page_that_is_sho
         assert box[0].object == "content"
         assert widgets.deferred(lambda: widgets.html("content")).object == "content"
     assert widgets.deferred(lambda: widgets.html("content")).object == "content"  # in a notebook
+
+
+def test_several_reasons_are_a_list_and_one_is_a_sentence() -> None:
+    several = widgets.unavailable("No results", "Skipped: a, as <b>. Skipped: c, as d. Skipped: a, as <b>.").object
+    assert several.count("<li>") == 2
+    assert "<li>A, as &lt;b&gt;.</li>" in several
+    assert "No results: the run has 1 effort" in widgets.unavailable("No results", "the run has 1 effort").object
