@@ -5,7 +5,8 @@ TeX and no figure is one of Bokeh's, so MathJax and WebGL are left out. Figures 
 which a browser runs in less than half of the time; it is loaded at once on a page that begins with a figure, and on
 other pages by their first figure, when the text around it is on the screen.
 
-`plotly-cartesian-3.1.0.min.js` comes from the npm package plotly.js-cartesian-dist-min in the version of Panel's plotly.
+`plotly-cartesian-3.1.0.min.js` is from the npm package plotly.js-cartesian-dist-min (MIT licence), in
+the version of Panel's plotly.
 """
 
 import json

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from panel.io.resources import Resources, bundle_resources
 from panel.models.plotly import PLOTLY_VERSION
+from playwright.sync_api import Browser
 
-from tests.dashboards.browsing import Browser, Session
+from tests.dashboards.browsing import Session
 from workbench.dashboards import page_scripts
 from workbench.dashboards.page_scripts import TRACES, PageScripts
 
@@ -35,12 +36,14 @@ def opened(browser: Browser, address: str, text: str) -> tuple[Session, list[str
 def test_a_page_without_a_figure_asks_for_no_script_of_figures(demo: str, browser: Browser) -> None:
     session, scripts = opened(browser, f"{demo}/transcript", "Expected")
     assert any("panel.min.js" in address for address in scripts)
-    assert unneeded(scripts) == [] and not any("plotly" in address for address in scripts)
+    assert unneeded(scripts) == []
+    assert not any("plotly" in address for address in scripts)
     assert session.errors == []
     # all of plotly is loaded for a figure that its part cannot draw
     assert session.page.evaluate(OTHER_FIGURE) == 2
     assert [address for address in scripts if "plotly" in address] == unneeded(scripts)
-    assert len(unneeded(scripts)) == 1 and session.errors == []
+    assert len(unneeded(scripts)) == 1
+    assert session.errors == []
 
 
 def test_a_page_with_figures_asks_once_for_the_part_of_plotly_that_draws_them(demo: str, browser: Browser) -> None:
@@ -62,4 +65,5 @@ def test_the_part_of_plotly_has_these_traces_in_the_version_of_panel() -> None:
     (name,) = PageScripts.__javascript__
     text = Path(page_scripts.__file__).with_name(name).read_text("utf-8")
     assert set(re.findall(r'moduleType:"trace",name:"([a-z0-9]+)"', text)) == set(TRACES)
-    assert f"v{PLOTLY_VERSION}" in text[:100] and PLOTLY_VERSION in name
+    assert f"v{PLOTLY_VERSION}" in text[:100]
+    assert PLOTLY_VERSION in name

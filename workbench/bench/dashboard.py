@@ -59,7 +59,8 @@ _MOST_MS = 120_000  # for a page
 _SEES = """
 text => { let found = false; const walk = root => { if (found) return; for (const e of root.querySelectorAll('*')) {
   for (const n of e.childNodes) if (n.nodeType === 3
-    && text.split('|').some(t => t[0] === '=' ? n.data.trim() === t.slice(1) : n.data.includes(t))) { found = true; return; }
+    && text.split('|').some(t => t[0] === '=' ? n.data.trim() === t.slice(1) : n.data.includes(t))) {
+      found = true; return; }
   if (e.shadowRoot) walk(e.shadowRoot); } }; walk(document); return found; }
 """
 # changes a widget as a person does, and waits until the text that this brings is on the page
