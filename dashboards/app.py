@@ -7,7 +7,7 @@ import logging
 import socket
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from tornado.websocket import WebSocketClosedError
 from workbench.dashboards import content, widgets
 from workbench.dashboards.access import answer_unknown, checked_origins, guard, login_options
 from workbench.dashboards.layout import PageTemplate, missing_page, page_template
-from workbench.dashboards.pages import absent_pages, made, page_titles
+from workbench.dashboards.pages import FIGURE_FIRST, absent_pages, made, page_titles
 from workbench.dashboards.session import Session
 from workbench.dashboards.state import RunRegistry, Selection
 from workbench.errors import InputError
@@ -33,10 +33,19 @@ _LOCAL = ("localhost", "127.0.0.1")  # addresses that only this machine reaches
 
 
 class ExtraPage(NamedTuple):
-    """A page of another package beside those of runs. show: makes it, given the titles of all pages by address."""
+    """A page of another package beside those of runs.
+
+    show: makes it, given the titles of all pages by address, and the addresses of those without records.
+    """
 
     title: str
-    show: Callable[[Mapping[str, str]], PageTemplate]
+    show: Callable[[Mapping[str, str], Collection[str]], PageTemplate]
+
+
+def _asked() -> dict[str, str]:
+    """Return what the address of this visit asks for."""
+    given = pn.state.session_args or {}
+    return {name: values[0].decode("utf-8", "replace") for name, values in given.items() if values}
 
 
 def _template(
@@ -46,10 +55,7 @@ def _template(
 
     titles: of all pages by address, where there are more than those of runs.
     """
-    query = {
-        name: values[0].decode("utf-8", "replace") for name, values in (pn.state.session_args or {}).items() if values
-    }
-    choice = Selection(query)
+    choice = Selection(_asked())
 
     def address_query() -> str:
         return urlencode(({"page": page} if one_path else {}) | choice.values)
@@ -77,6 +83,7 @@ def _template(
         theme=session.theme,
         one_path=one_path,
         absent=absent_pages(session),
+        figure_first=page in FIGURE_FIRST,
     )
 
 
@@ -87,7 +94,9 @@ def pages(registry: RunRegistry, extra: Mapping[str, ExtraPage] | None = None) -
 
     def of(page: str) -> Callable[[], PageTemplate]:
         def show() -> PageTemplate:  # a plain function: Panel shows any other callable as an object
-            return more[page].show(titles) if page in more else _template(registry, page, titles=titles)
+            if page not in more:
+                return _template(registry, page, titles=titles)
+            return more[page].show(titles, absent_pages(Session(registry, Selection(_asked()), lambda: None)))
 
         return show
 
@@ -105,7 +114,7 @@ def servable(paths: Sequence[str | Path]) -> PageTemplate:
     panel serve workbench/dashboards/app.py --args RUN.zarr
     """
     registry = pn.state.as_cached("workbench-registry", lambda: RunRegistry(paths))
-    asked = (pn.state.session_args or {}).get("page", [b"overview"])[0].decode("utf-8", "replace")
+    asked = _asked().get("page", "overview")
     page = asked if asked in page_titles() else "overview"
     return _template(registry, page, one_path=True).servable()
 
@@ -206,6 +215,7 @@ def _warm(registry: RunRegistry) -> None:
         run = registry.run(name)
         if run.status != "complete":  # it is opened again for each visitor
             continue
+        widgets.guarded(partial(registry.read_stored_studies, name))
         widgets.guarded(registry.ask_costs(name) if not registry.is_large(name) else partial(quick_look.tokens, run))
         widgets.guarded(partial(content.tokens_by_role, run))
         if "routing" in run.recorded:

@@ -33,7 +33,7 @@ def load_with_intervals(session: Session, layer: int, expert: int) -> pn.Column:
         n_experts = layer_experts(session.run, layer + 1, session.run.model["num_experts"])[layer]
         rows = load_table(results["load"], layer, expert, int(n_experts))
         name = f"{session.name}-layer-{layer}-expert-{expert}-load-intervals"
-        note = "Load relative to uniform in all tasks; square brackets: 95 % intervals"
+        note = "Load relative to uniform in all tasks; square brackets: 95 % intervals, from five prompts on"
         return [widgets.table("Load with confidence intervals", rows, name, note=note)]
 
     return widgets.awaited(session.registry.study("routing", session.name, exclude=session.exclude), show)
@@ -47,12 +47,17 @@ def load_table(load: xr.Dataset, layer: int, expert: int, n_experts: int) -> pd.
     )
     values = values * n_experts
     texts = [
-        ["–" if np.isnan(row[0]) else f"{row[0]:.2f} [{row[1]:.2f}, {row[2]:.2f}]" for row in values[:, i].T]
+        ["–" if np.isnan(row[0]) else _with_interval(*row) for row in values[:, i].T]
         for i in range(load.sizes["channel"])
     ]
     table = pd.DataFrame(texts, columns=[str(e) for e in load["effort"].values])
     table.insert(0, "channel", [str(c) for c in load["channel"].values])
     return table[(table.drop(columns="channel") != "–").any(axis=1)]
+
+
+def _with_interval(value: float, low: float, high: float) -> str:
+    """Return a load with its interval, or alone where too few prompts give none."""
+    return f"{value:.2f}" if np.isnan(low) else f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def examples(session: Session, chosen: Selectors) -> pn.Column:

@@ -15,6 +15,7 @@ import panel as pn
 import xarray as xr
 from jaxtyping import Float
 
+from workbench import registry
 from workbench.counting import count_of
 from workbench.dashboards import content, search, widgets
 from workbench.dashboards.example_lists import coloured_example, example, list_of
@@ -73,7 +74,8 @@ def features(session: Session) -> Page:
     show()
     name.param.watch(other, "value")
     layer.param.watch(show, "value")
-    return Page([name, layer], [widgets.html(content.about(run)), shown])
+    question = f"<p class='wb-lead'>{escape(registry.find('feature-examples').question)}</p>"
+    return Page([name, layer], [widgets.html(content.about(run) + question), shown])
 
 
 def _section(session: Session, name: str, index: int) -> pn.Column:

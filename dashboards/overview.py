@@ -61,7 +61,7 @@ def overview(session: Session) -> Page:
                 note="Relative to the mean of the quantity in the layer",
             ),
             widgets.card("Problems", widgets.html(problems(run))),
-            widgets.beside(widgets.later(lambda: _curve(session)), widgets.guarded(accuracy)),
+            widgets.beside(*_curve(session), widgets.guarded(accuracy)),
             widgets.beside(widgets.guarded(tokens), widgets.later(roles)),
             widgets.card("Provenance", widgets.html(content.provenance(run)), collapsed=True),
         ],
@@ -161,8 +161,10 @@ def _differences(session: Session) -> pn.Column:
         if waiting:
             return Answer(seconds=max(waiting))
         results = {f"{name}/{key}": ds for name, a in answers.items() for key, ds in (a.datasets or {}).items()}
-        reasons = [a.reason for a in answers.values() if a.reason]
-        return Answer(results) if results else Answer(reason="; ".join(reasons))
+        if results:
+            return Answer(results)
+        reasons = [f"Skipped: {a.reason.removeprefix('Skipped: ')}" for a in answers.values() if a.reason]
+        return Answer(reason=" ".join(reasons))
 
     def show(datasets: Mapping[str, xr.Dataset]) -> list[Any]:
         results: dict[str, dict[str, xr.Dataset]] = {}
@@ -182,7 +184,7 @@ def _difference_map(session: Session, results: Mapping[str, Mapping[str, xr.Data
     if item is None:
         return []
     name = f"{session.name}-routing_analysis_vs_final_matched"
-    return [widgets.figure(item.draw(theme=session.theme), name, item.table)]
+    return [widgets.deferred(lambda: widgets.figure(item.draw(theme=session.theme), name, item.table))]
 
 
 def answers(session: Session, results: Mapping[str, Mapping[str, xr.Dataset]], most: int = 3) -> str:
@@ -221,12 +223,13 @@ def _shows(session: Session, results: Mapping[str, Mapping[str, xr.Dataset]], hi
     return session.link(getattr(record, "page", "") or record.name), record.title
 
 
-def _curve(session: Session) -> Any:
+def _curve(session: Session) -> list[Any]:
+    """Return the figure of accuracy against tokens, if the run has several efforts."""
     if len(session.registry.efforts(session.name, session.exclude)) < 2:
-        return widgets.html("")
+        return []
 
     def show(costs: Mapping[str, xr.Dataset]) -> list[Any]:
         drawn = draw_effort.accuracy_by_tokens(costs["cost"], theme=session.theme)
         return [widgets.figure(drawn, f"{session.name}-accuracy_by_tokens")]
 
-    return widgets.awaited(session.registry.ask_costs(session.name, session.exclude), show)
+    return [widgets.later(lambda: widgets.awaited(session.registry.ask_costs(session.name, session.exclude), show))]

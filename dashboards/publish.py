@@ -46,10 +46,10 @@ def site(
     shown = [name for name in PAGES if _has(name, run, numbers)]
     files = {_file(name): _page(name, shown, _body(name, contents, run, numbers)) for name in shown}
     vocab = vocabulary(run) if numbers else None
-    for number in numbers:
+    for at, number in enumerate(numbers):
+        beside = numbers[at - 1] if at else None, numbers[at + 1] if at + 1 < len(numbers) else None
+        body = [_navigation("", shown, "../"), _head(run, number, *beside), frame(run, number, vocab, "auto")]
         title = f"Conversation {run.sequences.loc[number, 'id']!s}"
-        body = [f'<p><a href="../conversations.html">All conversations</a></p><h1>{escape(title)}</h1>']
-        body.append(frame(run, number, vocab, "auto"))
         files[f"conversations/{number}.html"] = page.document(title, body, plotly="").encode()
     if data:
         made = {name: text for sets in contents.results.values() for name, text in files_of(sets).items()}
@@ -94,11 +94,37 @@ def _file(name: str) -> str:
 
 
 def _page(name: str, shown: Sequence[str], body: Iterator[str]) -> bytes:
+    return page.document(_TITLES[name], [_navigation(name, shown), *body], plotly=PLOTLY_JS).encode()
+
+
+def _navigation(current: str, shown: Sequence[str], folder: str = "") -> str:
+    """Return the links to the pages. folder: where they are, as seen from this page."""
     links = "".join(
-        f'<a href="{_file(other)}"{" aria-current=page" if other == name else ""}>{_TITLES[other]}</a>'
+        f'<a href="{folder}{_file(other)}"{" aria-current=page" if other == current else ""}>{_TITLES[other]}</a>'
         for other in shown
     )
-    return page.document(_TITLES[name], [f"<nav>{links}</nav>", *body], plotly=PLOTLY_JS).encode()
+    return f"<nav>{links}</nav>"
+
+
+def _head(run: Run, number: int, before: int | None, after: int | None) -> str:
+    """Return the title and the facts of a conversation, and links to the published ones before and after it."""
+    row = _row(run, number)
+    facts = " · ".join(f"{name} {row[name]}" for name in _COLUMNS[1:] if str(row[name]))
+    links = "".join(
+        f'<a href="{other}.html">{escape(text)}</a>'
+        for other, text in ((before, "← Previous conversation"), (after, "Next conversation →"))
+        if other is not None
+    )
+    return (
+        f"<h1>Conversation {escape(str(row['id']))}</h1><p class='note'>{escape(facts)}</p>"
+        f"<nav aria-label='conversations'>{links}</nav>"
+    )
+
+
+def _row(run: Run, number: int) -> dict[str, object]:
+    """Return what is known of a conversation, its grade in words."""
+    row = {**run.sequences.loc[number].to_dict()}
+    return row | {"correct": _GRADES.get(int(row["correct"]), "not graded")}
 
 
 def _body(name: str, contents: report.Contents, run: Run, numbers: Sequence[int]) -> Iterator[str]:
@@ -146,7 +172,6 @@ def _conversations(run: Run, numbers: Sequence[int]) -> Iterator[str]:
     )
     rows = []
     for number in numbers:
-        row = {**table.loc[number].to_dict()}
-        row["correct"] = _GRADES.get(int(row["correct"]), "not graded")
+        row = _row(run, number)
         rows.append([page.Link(str(row["id"]), f"conversations/{number}.html"), *(row[c] for c in _COLUMNS[1:])])
     yield page.table(_COLUMNS, rows, numbers=("length",))

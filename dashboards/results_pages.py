@@ -42,6 +42,7 @@ def causal(session: Session) -> Page:
     if not stored.experiments:
         return Page([], [*_how_to_store(session), *notes])
     titles = {registry.find(name).title: name for name in stored.experiments}
+    linked = session.choice.text("experiment")
     first = session.choice.get("experiment", list(titles.values()))
     pick = widgets.select("Experiment", titles, first, width=420)  # titles are too long for the sidebar
     shown = box()
@@ -61,7 +62,8 @@ def causal(session: Session) -> Page:
         links = [session.link("causal", experiment=titles[title]) for title in rows["experiment"]]
         note = "The largest effect of each quantity, where it is, and how many of its effects are shown not to be zero"
         name = f"{session.name}-experiments"
-        return widgets.table("All experiments", rows, name, {"experiment": links}, note=note)
+        # whoever opens one experiment sees it first
+        return widgets.table("All experiments", rows, name, {"experiment": links}, note=note, collapsed=bool(linked))
 
     table = widgets.guarded(lambda: _readable("experiments", summary))
     return Page([], [table, pick, shown, *notes])
@@ -197,7 +199,8 @@ def _numbers(ds: xr.Dataset, title: str, name: str) -> Iterator[Any]:
     shown = ds.drop_vars([variable for variable in ("each", "base", "random", "random_load_ratio") if variable in ds])
     for axes, rows in tables(shown).items():
         texts = rows.map(lambda value: f"{value:.4g}" if isinstance(value, float) else value)
-        heading = f"{title[:1].upper()}{title[1:]} by {axes.replace('_', ' and ')}"
+        axis_names = axes.replace("_", " and ")
+        heading = f"{title[:1].upper()}{title[1:]}" + ("" if title == f"{axes}s" else f" by {axis_names}")
         yield widgets.table(heading, texts, f"{name}-{axes}", collapsed=True)
 
 

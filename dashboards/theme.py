@@ -98,13 +98,18 @@ white-space:nowrap;font-variant-numeric:tabular-nums}
 .wb-facts{display:flex;flex-wrap:wrap;gap:2px 18px;color:var(--wb-muted);font-size:13px}
 .wb-facts b{color:var(--wb-ink);font-weight:600}
 .wb-answers{margin:0;padding-left:1.3em}.wb-answers li{margin:.35em 0;line-height:1.5}
-.wb-examples{margin:0;padding-left:1.2em;font-family:'DejaVu Sans Mono',monospace;font-size:13px}
-.wb-examples li{margin:.25em 0}.wb-examples a{color:var(--wb-ink);text-decoration:none;white-space:pre-wrap;
-overflow-wrap:anywhere}
+.wb-examples{margin:0;padding:0;list-style:none;font-family:'DejaVu Sans Mono',monospace;font-size:13px;
+display:grid;grid-template-columns:max-content minmax(0,1fr);column-gap:14px}
+.wb-examples li{display:grid;grid-column:1/-1;grid-template-columns:subgrid;padding:2px 0;
+border-bottom:1px solid var(--wb-line)}
+.wb-examples .wb-muted{text-align:right;font-variant-numeric:tabular-nums}
+.wb-examples a{color:var(--wb-ink);text-decoration:none;white-space:pre;display:grid;
+grid-template-columns:minmax(0,2fr) auto minmax(0,1fr)}
+.wb-before{display:flex;justify-content:flex-end}.wb-before,.wb-after{overflow:hidden}
 .wb-examples a:hover{text-decoration:underline}
 mark{background:var(--wb-accent);color:var(--wb-on-accent);border-radius:3px;padding:0 2px}
 mark.wb-shade{background:color-mix(in srgb,var(--wb-accent-soft) calc(100% - var(--share)),var(--wb-warn-soft));
-white-space:pre-wrap;color:var(--wb-ink);
+white-space:pre;color:var(--wb-ink);
 box-shadow:inset 0 -3px 0 color-mix(in srgb,var(--wb-accent) var(--share),transparent)}
 .wb-special{color:var(--wb-muted);white-space:nowrap}mark.wb-own{outline:1px solid var(--wb-accent);font-weight:700}
 pre{white-space:pre-wrap;background:var(--wb-raised);border-radius:6px;padding:8px 12px}
@@ -131,6 +136,8 @@ _COMPONENT_CSS = """
 .bk-input{background:var(--wb-surface);color:var(--wb-ink);border:1px solid var(--wb-control);border-radius:6px}
 textarea.bk-input{padding:6px 12px}.bk-btn a{color:inherit;text-decoration:none}
 select.bk-input{padding:0 2px 0 8px;appearance:auto!important;background-image:none!important}
+.bk-input::file-selector-button{background:var(--wb-raised);color:var(--wb-ink);border:0;height:100%;
+border-right:1px solid var(--wb-control);margin-right:8px;padding:0 12px;font:inherit}
 .bk-input:focus{border-color:var(--wb-accent);box-shadow:0 0 0 2px var(--wb-accent-soft)}
 .bk-btn,.bk-btn-default{background:var(--wb-surface)!important;color:var(--wb-ink)!important;
 border:1px solid var(--wb-control)!important;border-radius:6px;font-size:13px}

@@ -17,6 +17,7 @@ from jaxtyping import Float
 
 from workbench.dashboards.study_jobs import Answer
 from workbench.dashboards.theme import ALERT_CSS, CARD_CSS, FIGURE_CSS, PARTS_CSS, TABULATOR_CSS, TOOL_CSS
+from workbench.dashboards.theme import note as note_html
 from workbench.errors import InputError
 from workbench.figures.template import LEGEND_HEIGHT, MARGIN_BELOW
 from workbench.harmony.flags import SEQUENCE_FLAGS
@@ -51,6 +52,15 @@ def html(text: str) -> pn.pane.HTML:
 def alert(text: str, kind: str = "warning") -> pn.pane.Alert:
     """Return an alert with escaped text."""
     return pn.pane.Alert(escape(text), alert_type=kind, stylesheets=[ALERT_CSS])
+
+
+def unavailable(title: str, reason: str) -> pn.pane.HTML:
+    """Return a note why there are no results; several reasons, as a study joins them, are a list."""
+    reasons = list(dict.fromkeys(filter(None, (part.strip() for part in reason.split("Skipped: ")))))
+    if len(reasons) == 1:
+        return html(note_html(f"{title}: {reasons[0]}", "warning"))
+    listed = "".join(f"<li>{escape(text[0].upper() + text[1:])}</li>" for text in reasons)
+    return html(f"<div class='wb-note warning'>{escape(title)}:<ul class='wb-answers'>{listed}</ul></div>")
 
 
 def empty_state(title: str, text: str, command: str = "") -> pn.pane.HTML:
@@ -251,6 +261,16 @@ def guarded(body: Callable[[], Any]) -> Any:
         return alert(text, "danger")
 
 
+def deferred(body: Callable[[], Any]) -> Any:
+    """Return the content or, on a page that is not shown yet, a column that is filled once it is; see `later`."""
+    return guarded(body) if _is_shown() else later(body)
+
+
+def _is_shown() -> bool:
+    """Return whether the page of this session is on the screen; True in a notebook."""
+    return pn.state.curdoc is None or bool(pn.state.loaded)
+
+
 def later(body: Callable[[], Any]) -> pn.Column:
     """Return a column with a loading indicator that is filled after the rest of the page is shown."""
     box = pn.Column(pn.indicators.LoadingSpinner(value=True, size=28), sizing_mode="stretch_width")
@@ -260,8 +280,10 @@ def later(body: Callable[[], Any]) -> pn.Column:
 
     if pn.state.curdoc is None:  # in a notebook nothing is flushed before the cell ends
         fill()
-    else:
+    elif _is_shown():
         pn.state.add_periodic_callback(fill, period=30, count=1)
+    else:
+        pn.state.onload(fill)
     return box
 
 
@@ -298,7 +320,7 @@ def awaited(
             shown = guarded(lambda: list(show(results)))
             box[:] = shown if isinstance(shown, list) else [shown]
         elif answer.reason:
-            box[:] = [alert(f"{failed}: {answer.reason}")]
+            box[:] = [unavailable(failed, answer.reason)]
         else:
             text = f"{work} ({answer.seconds:.0f} s). The result will be cached."
             if box and isinstance(box[0], pn.Row):

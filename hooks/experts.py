@@ -26,18 +26,14 @@ def forbid(layers: Layers, experts: Collection[int], tokens: Tokens = None) -> E
     experts, members = sorted(set(experts)), as_set(tokens)
 
     def act(logits: Tensor, at: At) -> tuple[Tensor, int, Tensor]:
-        if logits.shape[-1] - len(experts) < (k := at.model.cfg.experts_per_token):
-            raise InputError(
-                f"forbidding {len(experts)} of {logits.shape[-1]} experts leaves fewer than the {k} of a token"
-            )
         selected = at.selected(members)
         mask = selected.to(logits.device)[..., None] & among(experts, logits)
-        changed = mask.gather(-1, logits.topk(k, -1).indices).sum()
+        changed = mask.gather(-1, logits.topk(at.model.cfg.experts_per_token, -1).indices).sum()
         return logits.masked_fill(mask, -torch.inf), int(selected.sum()), changed
 
     return Edit(
         f"forbid experts {experts} in {describe_layers(layers)}",
-        at_routers(layers, experts, "mlp.router.hook_out", act),
+        at_routers(layers, experts, "mlp.router.hook_out", act, forbidden=True),
     )
 
 

@@ -37,8 +37,18 @@ def at_layers(layers: Layers, point: str, act: Act, heads: Sequence[int] | None 
     return points
 
 
-def at_routers(layers: Layers, experts: Sequence[int], point: str, act: Act, *, at_most_k: bool = False) -> Points:
+def at_routers(
+    layers: Layers,
+    experts: Sequence[int],
+    point: str,
+    act: Act,
+    *,
+    at_most_k: bool = False,
+    forbidden: bool = False,
+) -> Points:
     """Return the router hook point of each layer, after checking the experts.
+
+    at_most_k: a token must have a slot for each of them. forbidden: a token must have enough experts without them.
 
     Raises:
         InputError: the model lacks an expert, or too many are given for one token.
@@ -48,7 +58,9 @@ def at_routers(layers: Layers, experts: Sequence[int], point: str, act: Act, *, 
         for layer in numbers(layers):
             if 0 <= layer < model.cfg.n_layers:  # `at_layers` refuses the others
                 where = "the model" if model.cfg.layer_experts is None else f"layer {layer}"
-                _check("expert", experts, model.cfg.experts_of(layer), where)
+                _check("expert", experts, n := model.cfg.experts_of(layer), where)
+                if forbidden and n - len(experts) < (k := model.cfg.experts_per_token):
+                    raise InputError(f"forbidding {len(experts)} of {n} experts leaves fewer than the {k} of a token")
         if at_most_k and len(experts) > model.cfg.experts_per_token:
             raise InputError(f"{len(experts)} experts: expected at most the {model.cfg.experts_per_token} of a token")
         return at_layers(layers, point, act)(model)
@@ -59,7 +71,8 @@ def at_routers(layers: Layers, experts: Sequence[int], point: str, act: Act, *, 
 def _check(what: str, numbers: Sequence[int], n: int, where: str = "the model") -> None:
     wrong = [i for i in numbers if not 0 <= i < n]
     if wrong or not numbers:
-        raise InputError(f"{what}s {wrong or 'none'}: {where} has {what}s 0 to {n - 1}")
+        some = f"[{', '.join([*map(str, wrong[:3]), *(['…'] if len(wrong) > 3 else [])])}]" if wrong else "none"
+        raise InputError(f"{what}s {some}: {where} has {what}s 0 to {n - 1}")
 
 
 def at_points(points: str | Collection[str], act: Act) -> Points:

@@ -132,13 +132,12 @@ class Record:
 class Study(Record):
     """A study: `study(run, …)` returns labelled datasets, from one run or, with runs=2, from two.
 
-    page: the dashboard page that shows it, and page_title its title; by default a page of its own.
+    page: the dashboard page that shows it, by default one of its own; the first study of a page gives it its title.
     main_figures: names of figures for the main text of a paper; the others belong to the supplement.
     """
 
     runs: int = 1
     page: str = ""
-    page_title: str = ""
     main_figures: tuple[str, ...] = ()
 
 

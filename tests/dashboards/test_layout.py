@@ -1,5 +1,6 @@
 """The frame of a page shows text of a run as text only."""
 
+import re
 import shutil
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from workbench.dashboards import app, layout
 from workbench.dashboards.layout import GROUPS, missing_page, navigation
 from workbench.dashboards.pages import page_titles
 from workbench.dashboards.state import RunRegistry
+from workbench.registry import studies
 
 
 def test_a_run_name_is_only_text_in_the_template(tmp_path: Path) -> None:
@@ -47,6 +49,25 @@ def test_the_navigation_has_every_page_once_under_a_heading() -> None:
     linked = {path for paths in GROUPS.values() for path in paths}
     assert linked - {"live"} <= set(page_titles()), "every page of a group exists"
     assert navigation("experts", {"experts": "Experts"}).count("<h2>") == 1, "no heading without a page"
+
+
+def unknown_pages(text: str) -> list[str]:
+    """Return the names of pages in a document that no page has."""
+    named = re.findall(r"\bpages? \*([^*\n]+)\*", text)
+    return sorted(set(named) - {*page_titles().values(), "Live"})
+
+
+def test_a_page_has_one_name_in_the_navigation_the_report_and_the_documents() -> None:
+    titles = page_titles()
+    first: dict[str, str] = {}
+    for record in studies():  # the report names its sections after them
+        first.setdefault(record.page or record.name, record.title)
+    assert first == {page: titles[page] for page in first}
+    root = Path(__file__).parents[2]
+    documents = [root / "README.md", *(root / "docs").rglob("*.md")]
+    assert sum("page *" in path.read_text() for path in documents) > 1
+    assert {path.name: unknown_pages(path.read_text()) for path in documents if unknown_pages(path.read_text())} == {}
+    assert unknown_pages("the page *Reasoning effort* shows") == ["Reasoning effort"], "negative control"
 
 
 def styles_from_other_hosts(registry: RunRegistry) -> set[str]:

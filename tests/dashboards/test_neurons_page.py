@@ -90,7 +90,8 @@ def test_texts_of_examples_are_only_text() -> None:
     assert "--share:100%" in coloured_example(session, row, ["a"], [2.0], ""), "a strength has a largest value"
     colours = coloured_example(session, row, ["a", "<|end|>", "b"], [1.0, 2.0, 0.0], "")
     assert colours.count("wb-own") == 1, "one token is the example"
-    assert colours.index("wb-own") < colours.index("&lt;|end|&gt;") < colours.index("b</a>")
+    assert colours.index("wb-own") < colours.rindex("&lt;|end|&gt;") < colours.index("b</span></a>")
+    assert "<span>one↵two</span>" in example(session, row | {"before": "one\ntwo"}, ""), "an example is one line"
     assert "wb-special'>&lt;|end|&gt;</span>" in example(session, row | {"after": "<|end|>"}, "")
 
 
@@ -121,7 +122,9 @@ def test_pages_without_a_record_are_grey_and_say_how_to_record_it(run: Run) -> N
     without, with_neurons = session_of(DATA / "demo.zarr"), session_of(Path(run.path))
     assert {"neuron-examples", "features", "compare", "label-probes"} <= absent_pages(without)
     assert "neuron-examples" not in absent_pages(with_neurons), "negative control: a run that has neurons"
-    assert "experts" not in absent_pages(without)
+    assert not {"experts", "effort"} & absent_pages(without)
+    without.registry.efforts = lambda *_: ["high"]  # type: ignore[method-assign]
+    assert "effort" in absent_pages(without), "it compares efforts"
     page = made("neuron-examples", without)
     assert any("no recorded neurons" in str(part.object) for part in page.main)
     assert any("--record routing --record neurons" in str(part.object) for part in page.main)

@@ -97,6 +97,8 @@ def test_loads_are_told_with_intervals_relative_to_uniform() -> None:
     )
     table = expert_sections.load_table(load, 0, 2, 4)
     assert table.to_dict("records") == [{"channel": "final", "low": "2.00 [1.00, 3.00]"}]
+    few = load.assign({name: load[name] * np.nan for name in ("share_low", "share_high")})  # too few prompts
+    assert expert_sections.load_table(few, 0, 2, 4).to_dict("records") == [{"channel": "final", "low": "2.00"}]
 
 
 @pytest.mark.parametrize(("channel", "tokens"), [("all", ["c", "a"]), ("frame", ["f"]), ("final", ["a"])])

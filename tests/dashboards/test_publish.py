@@ -111,6 +111,13 @@ def test_it_opens_from_the_folder_without_a_request_elsewhere(folder: Path, chro
         text = tab.frame_locator("iframe").get_by_label("conversation", exact=True)
         text.get_by_text("assistant · final").wait_for()
         assert tab.frames[1].evaluate("document.documentElement.className") == "dark"
+        tab.get_by_role("link", name="← Previous conversation").click()
+        tab.get_by_role("heading", name="product-00/").wait_for()
+        tab.get_by_role("link", name="Experts", exact=True).click()  # from the folder of the conversations
+        tab.set_viewport_size({"width": 700, "height": 900})
+        tab.reload()
+        tab.wait_for_selector("[data-drawn=dark] .main-svg")
+        assert tab.evaluate("document.querySelector('[data-figure] .main-svg').clientWidth") < 700, "nothing is cut off"
         assert errors == []
         outside = [url for url in requests if not url.startswith((folder.as_uri(), "about:", "data:"))]
         assert outside == []

@@ -95,7 +95,7 @@ def test_the_answer_of_nano_depends_on_its_analysis(run, nano):
     rows = transcripts(run)
     rows = [row for row in rows if row.meta.get("domain") == "arithmetic" and row.effort == "high"][:40]
     result = chain_of_thought.study(nano, rows[::2])
-    assert float(result["same_high"].sel(change="first 0%")) < 0.6
+    assert float(result["same_high"].sel(change="removed")) < 0.6
     assert float(result["logprob_high"].sel(change="another prompt's")) < 0
     assert float(result["logprob_high"].sel(change="hidden in all layers")) < 0
     assert 0.2 < float(result["area"]) <= 1

@@ -77,6 +77,10 @@ def test_null_results_open_with_no_difference(tmp_path: Path) -> None:
     assert "No difference is shown within prompts and at equal position." in opening
 
 
+WIDEST = """() => Math.max(...[...document.querySelectorAll("[data-figure] .main-svg")].map(
+    e => e.getBoundingClientRect().width))"""
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_it_is_short_and_draws_in_the_readers_theme(page: Path, theme: ThemeName, chromium: Browser) -> None:
@@ -91,8 +95,10 @@ def test_it_is_short_and_draws_in_the_readers_theme(page: Path, theme: ThemeName
         sections = tab.locator("h2[id]").count()
         # answers and provenance are less than two screens, and a study about one
         assert tab.evaluate("document.documentElement.scrollHeight") < 900 * (2 + sections)
+        assert tab.evaluate(WIDEST) > 800, "negative control: on the screen it is wider than paper"
         tab.emulate_media(media="print")
         tab.evaluate("dispatchEvent(new Event('beforeprint'))")
+        assert 600 < tab.evaluate(WIDEST) < 700, "it fits between the margins of A4 and letter paper"
         assert tab.locator("details:not([open])").count() == 0
         assert errors == []
 

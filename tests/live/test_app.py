@@ -29,10 +29,17 @@ CELLS = tuple((1, expert) for expert in range(3, 12))
 
 
 @pytest.fixture(scope="module")
-def url() -> Iterator[str]:
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the file with what the server writes."""
+    return tmp_path_factory.mktemp("server") / "log.txt"
+
+
+@pytest.fixture(scope="module")
+def url(log: Path) -> Iterator[str]:
     port = free_port()
     command = [sys.executable, "-m", "workbench.cli", "live", "nano", "--dtype", "float32", "--port", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    with log.open("w") as written:
+        server = subprocess.Popen(command, stdout=written, stderr=subprocess.STDOUT)
     wait_for(port, server)
     yield f"http://localhost:{port}/live"
     server.send_signal(signal.SIGINT)
@@ -155,3 +162,32 @@ def test_what_a_button_did_is_shown_beside_it(url: str) -> None:
         button, text = (one.evaluate("e => e.getBoundingClientRect().top") for one in (study, refused))
         assert 0 < text - button < 200
         assert (session.errors, session.foreign) == ([], [])
+
+
+@pytest.mark.slow
+def test_wrong_inputs_stay_in_their_fields_and_leave_no_traceback(url: str, log: Path) -> None:
+    with launched() as browser:
+        session = Session(browser, url)
+        page = session.page
+        page.get_by_role("button", name="Forbid experts").click(timeout=LONG)
+        expect(page.get_by_text("no experts are selected")).to_be_visible(timeout=LONG)
+        page.get_by_role("button", name="Scale sinks").click()
+        strength = page.get_by_label("Strength")
+        for text in ("abc", "", "nan", "1e400"):
+            strength.fill(text, timeout=LONG)
+            page.get_by_role("button", name="Run", exact=True).click()
+            shown = f"Strength '{text}': expected a number" if text else "Strength is empty: expected a number"
+            expect(page.get_by_text(shown)).to_have_count(2, timeout=LONG)  # on the card and below Run
+            expect(strength).to_have_value(text)
+        page.get_by_label("Temperature").fill("99")
+        strength.fill("0.5")
+        page.get_by_role("button", name="Save the recipe").click()
+        expect(page.get_by_text("Temperature '99': expected a number from 0 to 10")).to_be_visible(timeout=LONG)
+        page.get_by_label("Temperature").fill("0")
+        with page.expect_download(timeout=LONG):
+            page.get_by_role("button", name="Save the recipe").click()
+        run_to_the_end(page)  # negative control: right inputs are accepted
+        assert (session.errors, session.foreign) == ([], [])
+    written = log.read_text()
+    assert "Traceback" not in written, written
+    assert url.rpartition("/")[0] in written, "negative control: it is the server's log"

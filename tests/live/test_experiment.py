@@ -15,6 +15,7 @@ import torch
 import workbench as wb
 from tests.cli.running import run_command
 from tests.conftest import DATA
+from workbench.harmony.transcripts import read_transcripts
 from workbench.hooks.interventions import applied
 from workbench.live.experiment import Experiment, RoutingRecorder, exchanged, first_difference, limited, summarize
 from workbench.live.result import result_of, text_of
@@ -158,10 +159,10 @@ def test_an_answer_is_continued_without_reading_it_again(nano: GptOss, done: Exp
 def test_an_intervention_without_tokens_is_reported(nano: GptOss) -> None:
     never = replace(FORBID, scope=Scope(channel=("commentary",)))
     experiment = finished(nano, replace(RECIPE, interventions=(never,), max_new_tokens=3))
-    assert len(experiment.unmatched) == 1
+    assert experiment.unmatched == [0]
     assert experiment.edited is not None
     assert experiment.edited.rows == experiment.original.rows
-    assert "no token matched forbid experts" in text_of(experiment)
+    assert "no token matched forbid L" in text_of(experiment)
 
 
 def test_limits_are_told() -> None:
@@ -179,6 +180,18 @@ def test_a_saved_recipe_runs_on_the_command_line(done: Experiment, tmp_path: Pat
     assert [result[side]["tokens"] for side in ("original", "edited")] == [
         want[side]["tokens"] for side in ("original", "edited")
     ]
+    answers = tmp_path / "answers.jsonl"
+    assert run_command("apply", str(file), "--dtype", "float32", "--transcripts", str(answers)).code == 0
+    rows, rejects = read_transcripts(answers, tokenizer=done.model.tokenizer)
+    assert rejects == []
+    assert [(row.meta["task"], row.tokens[row.n_prompt :].tolist()) for row in rows] == [
+        ("original", done.original.tokens),
+        ("edited", done.edited.tokens if done.edited else None),
+    ]
+    assert {row.prompt_id for row in rows} == {"prompt"}, "both answer one prompt, so that studies pair them"
+    again = run_command("apply", str(file), "--dtype", "float32", "--transcripts", str(answers))
+    assert (again.code, "exists" in again.err) == (2, True)
+    assert again.out.startswith("original: "), "what was generated is printed in any case"
     python = run_command("apply", str(file), "--python")
     assert (python.code, python.out) == (0, recipe_python(RECIPE))
     file.write_text('{"recipe": 1, "users": 3}')

@@ -1,14 +1,23 @@
 """The page without a browser: five viewers of one model, limits, continuing, editing, recipes, and leaving."""
 
+import json
+import re
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
+from urllib.parse import parse_qs
 
+import panel as pn
 import pytest
 import torch
 
 import workbench as wb
+from tests.conftest import DATA
 from tests.model.conftest import BASE
+from workbench.dashboards.app import pages
+from workbench.dashboards.layout import PageTemplate
+from workbench.dashboards.state import RunRegistry
+from workbench.live.app import address_of_recipe, dashboard_page, live_page
 from workbench.live.experiment import final_answer
 from workbench.live.expert_map import shares_by_cell
 from workbench.live.job_queue import Job, State
@@ -88,21 +97,32 @@ def test_a_page_shows_both_answers_and_the_difference(server: ModelServer) -> No
     assert "<th>original</th><th>edited</th>" in shown._comparison.object
     assert sum(map(sum, shown._map.load)) == pytest.approx(4)
     assert remembered == [shown.recipe()]
-    shown._show_code(recipe_python)
-    assert "forbid(1, [0, 1," in shown._python.value
+    shown._recipe_card.save_answers()
+    rows = shown._recipe_card._saved_rows.value.splitlines()
+    assert [json.loads(row)["id"] for row in rows] == [
+        f"{a}/medium/{n}" for a in ("original", "edited") for n in (0, 1)
+    ]
+    assert shown._experiment is not None
+    assert json.loads(rows[3])["tokens"][-len(shown._experiment.edited.rows[1]) :] == shown._experiment.edited.rows[1]
+    shown._recipe_card.show_code(recipe_python)
+    assert "forbid(1, [0, 1," in shown._recipe_card._copied.value
 
 
 def test_limits_and_errors_are_told(server: ModelServer) -> None:
     shown, _ = page(server)
-    shown._tokens.end, shown._tokens.value = 100, 100
+    shown._tokens.high = 100
+    shown._tokens.put(100)
     shown.run()
     finish(shown)
     assert "at most 12 new tokens; 100 were asked for" in shown._status.object
     shown._user.value = "<b>"
     shown.run()
     assert "cannot express the character &#x27;&lt;&#x27;" in shown._status.object
-    shown._guarded(lambda: shown._add_intervention("forbid"))
-    assert "no experts are selected" in shown._status.object
+    other = page(server)[0]
+    other._recipe_card._save_answers.clicks += 1
+    assert "there is no answer yet" in other._recipe_card._status.object
+    shown._add["forbid"].clicks += 1
+    assert "no experts are selected" in shown._add_problem.object
     shown._map.chosen = [[9, 0]]
     shown._add_intervention("forbid")
     shown._user.value = "1+1"
@@ -150,11 +170,11 @@ def test_a_continued_answer_shows_its_beginning_and_another_message_removes_it(s
 
 def test_empty_fields_and_prompts_without_room_are_refused(server: ModelServer) -> None:
     shown, _ = page(server)
-    for widget, text in ((shown._tokens, "New tokens is empty"), (shown._temperature, "Temperature is empty")):
-        before, widget.value = widget.value, None
+    for field, text in ((shown._tokens, "New tokens is empty"), (shown._temperature, "Temperature is empty")):
+        before, field.widget.value = field.widget.value, ""
         shown.run()
         assert text in shown._status.object
-        widget.value = before
+        field.widget.value = before
     shown._user.value = " "
     shown.run()
     assert "the user message is empty" in shown._status.object
@@ -165,8 +185,8 @@ def test_empty_fields_and_prompts_without_room_are_refused(server: ModelServer) 
     shown.run()
     finish(shown)
     assert "Done." in shown._status.object, "negative control: a prompt that fits is answered"
-    shown._study.clicks += 1
-    assert "there is no intervention to test" in shown._recipe_status.object
+    shown._recipe_card._study.clicks += 1
+    assert "there is no intervention to test" in shown._recipe_card._status.object
 
 
 def test_the_usual_questions_are_the_defaults_of_cards(server: ModelServer) -> None:
@@ -227,8 +247,8 @@ def test_cards_of_vectors_are_offered_where_the_server_has_some(nano: GptOss, se
         assert "Done." in shown._status.object
         assert [one.kind for one in shown.recipe().interventions] == ["vector", "patch"]
         shown._remove_card(shown._cards[1])
-        shown._show_code(study_command)
-        assert "--vector happy=happy.npy" in shown._python.value
+        shown._recipe_card.show_code(study_command)
+        assert "--vector happy=happy.npy" in shown._recipe_card._copied.value
     finally:
         with_vector.close()
 
@@ -236,13 +256,14 @@ def test_cards_of_vectors_are_offered_where_the_server_has_some(nano: GptOss, se
 def test_a_recipe_is_loaded_from_a_file_and_a_broken_one_refused(server: ModelServer) -> None:
     shown, remembered = page(server)
     recipe = replace(RECIPE, user="3*4", top_k=4, interventions=(FORBID,))
-    shown._load.value = recipe.to_json().encode()
+    shown._recipe_card._load.value = recipe.to_json().encode()
     assert shown.recipe() == recipe
     assert remembered == [recipe]
-    shown._load.value = b'{"recipe": 1, "user": 3}'
-    assert "user is 3, expected str" in shown._recipe_status.object
+    shown._recipe_card._load.value = b'{"recipe": 1, "user": 3}'
+    assert "user is 3, expected str" in shown._recipe_card._status.object
     assert shown.recipe() == recipe
-    assert Recipe.from_json(shown._recipe_file().getvalue()) == recipe
+    shown._recipe_card.save()
+    assert Recipe.from_json(shown._recipe_card._saved.value) == recipe
 
 
 def test_a_viewer_who_leaves_ends_the_work_and_others_see_their_place(server: ModelServer) -> None:
@@ -273,3 +294,24 @@ def test_the_map_has_no_cell_for_an_expert_that_a_layer_does_not_have() -> None:
     load = [[0.5, 0.5, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]]
     assert shares_by_cell(load, cfg) == [[0.5, 0.5, 0.0, 0.0], [1.0, 0.0, None, None]]
     assert shares_by_cell(load, replace(cfg, layer_experts=None)) == load
+
+
+def test_the_navigation_of_the_live_page_is_that_of_the_other_pages(
+    server: ModelServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages without records are grey on the live page, too, and its address keeps what the other pages chose."""
+    for name in ("add_periodic_callback", "on_session_destroyed"):  # there is no session
+        monkeypatch.setattr(pn.state, name, lambda *_, **__: None)
+    made = pages(RunRegistry([DATA / "demo.zarr"]), {"live": dashboard_page(server)})
+    live, overview = (absent_links(made[page]()) for page in ("live", "overview"))
+    assert live == overview
+    assert "features" in live, "the run has no features"
+    assert "experts" not in live, "negative control: it has routing"
+    assert absent_links(live_page(server, {"features": "Features", "live": "Live"})()) == []
+    query = address_of_recipe(RECIPE, "dark", {"run": "b", "channel": "final"})
+    assert {"run", "channel", "theme", "recipe"} == parse_qs(query).keys()
+
+
+def absent_links(template: PageTemplate) -> list[str]:
+    """Return the addresses of the grey links of the navigation."""
+    return re.findall(r'data-page="([^"]+)"[^>]*wb-absent', template.texts["page_links"])

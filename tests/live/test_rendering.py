@@ -22,9 +22,9 @@ class Finished:
 
     prompt: list[int]
     model: Any
-    recipe: Recipe = field(default_factory=Recipe)
+    recipe: Recipe = field(default_factory=lambda: Recipe(interventions=(EXAMPLES["patch"],)))
     n_begin: int = 0
-    unmatched: list[str] = field(default_factory=lambda: [HOSTILE])
+    unmatched: list[int] = field(default_factory=lambda: [0])
 
 
 def finished(answer: str) -> tuple[Any, Answer]:
@@ -144,6 +144,6 @@ def test_numbers_in_cards_are_read_or_refused() -> None:
         with pytest.raises(InputError, match="expected numbers or ranges"):
             layers_of(text)
     card = InterventionCard(EXAMPLES["forbid"], lambda _: None)
-    card.scope._stop.value = "last"
-    with pytest.raises(InputError, match="to position 'last'"):
+    card.scope._stop.widget.value = "last"
+    with pytest.raises(InputError, match="To position 'last'"):
         card.intervention()

@@ -1,4 +1,4 @@
-"""Prediction of the router: routing that follows tokens or bigrams is predicted by those, and noise by nothing."""
+"""Router prediction: routing that follows tokens or bigrams is predicted by those, and noise by nothing."""
 
 from types import SimpleNamespace
 from typing import Any

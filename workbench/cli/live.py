@@ -96,6 +96,10 @@ def apply(
     out: Annotated[
         Path | None, typer.Option(help="With --controls: write the tables (CSV, JSON) and the summary to this folder.")
     ] = None,
+    transcripts: Annotated[
+        Path | None,
+        typer.Option(help="Write the answers as transcripts (JSONL) to this file, for `workbench capture`."),
+    ] = None,
     vector: Vectors = None,
     sae: Saes = None,
     overwrite: Overwrite = False,
@@ -120,6 +124,8 @@ def apply(
         raise InputError("--controls needs many prompts: add --prompts with a file of prompts")
     if out is not None and controls is None:
         raise InputError("--out takes the results of --controls: add --controls 20")
+    if transcripts is not None and prompts is not None:
+        raise InputError("--transcripts takes the answers to the recipe's own prompt: remove --prompts")
     inputs = [path for path in (recipe, prompts) if path is not None]
     if out is not None:
         check_files(["generated-answers.txt"], out, command="study", inputs=inputs, overwrite=overwrite)
@@ -140,8 +146,9 @@ def apply(
         table = accuracy_table(loaded, read, prompts, sources)
         print(table.to_string(index=False, na_rep="-", float_format="{:.3f}".format))
         return
+    from workbench.harmony.transcripts import row_of, write_rows
     from workbench.live.experiment import Experiment
-    from workbench.live.result import result_of, text_of
+    from workbench.live.result import result_of, text_of, transcripts_of
 
     experiment = Experiment(loaded, read, sources=sources)
     for _ in experiment.steps():
@@ -152,3 +159,6 @@ def apply(
         print(dumps(result_of(experiment), ensure_ascii=False))
     else:
         print(text_of(experiment))
+    if transcripts is not None:
+        rows = map(row_of, transcripts_of(experiment))
+        write_rows(transcripts, rows, overwrite=overwrite, command="apply", inputs=inputs)

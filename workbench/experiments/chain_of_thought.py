@@ -194,7 +194,7 @@ def _changed_answers(
     words = [t.row.tokens[t.start : t.stop] for t in sequences]
     others = _derange([t.row.prompt_id for t in sequences], rng)
     changes: dict[str, Callable[[int], np.ndarray]] = {
-        f"first {fraction:.0%}": partial(_beginning, words, fraction) for fraction in FRACTIONS[:-1]
+        _cut_name(fraction): partial(_beginning, words, fraction) for fraction in FRACTIONS[:-1]
     }
     changes |= {"shuffled": lambda i: rng.permutation(words[i]), "another prompt's": lambda i: words[others[i]]}
     of, own = token_set(tokenizer=model.tokenizer, channel="final"), [t.row for t in sequences]
@@ -208,6 +208,11 @@ def _changed_answers(
         edit = knockout(*hidden)
         logp[name], answers[name] = logprobs(model, own, of, edit) - base, _answers(model, sequences, own, edit)
     return logp, answers, _answers(model, sequences, own)
+
+
+def _cut_name(fraction: float) -> str:
+    """Return what an analysis is called of which this fraction is left."""
+    return f"only the first {fraction:.0%}" if fraction else "removed"
 
 
 def _beginning(words: Sequence[np.ndarray], fraction: float, i: int) -> np.ndarray:

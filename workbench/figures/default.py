@@ -19,6 +19,7 @@ from workbench.figures.intervals import lines, rows
 from workbench.figures.template import THEMES, ThemeName, apply_theme
 
 _MOST_LINES = 8  # more labels than this are a heat map
+_NAMES = ("expert", "head", "neuron", "feature")  # axes whose numbers are names: no line leads from one to the next
 
 
 def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
@@ -34,19 +35,26 @@ def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
 def figure(ds: xr.Dataset, name: str, *, theme: ThemeName = "light") -> go.Figure:
     """Return the figure of a variable with one or two axes."""
     variable = ds[name]
-    title = str(ds.attrs.get("title", name))
-    subtitle = str(variable.attrs.get("definition", "")) + ("; 95 % intervals" if f"{name}_low" in ds else "")
     units = str(variable.attrs.get("units", "1"))
-    value = str(variable.attrs.get("long_name", name)) + (f" ({units})" if units != "1" else "")
-    shared: Any = {"title": title, "subtitle": subtitle, "theme": theme}
+    long_name = str(variable.attrs.get("long_name", name))
+    value = long_name + (f" ({units})" if units != "1" else "")
     dims = sorted(map(str, variable.dims), key=lambda dim: (_is_text(ds, dim), -ds.sizes[dim]))
+    drawn_intervals = f"{name}_low" in ds and (len(dims) == 1 or _has_lines(ds, dims))
+    subtitle = str(variable.attrs.get("definition", "")) + ("; 95 % intervals" if drawn_intervals else "")
+    title = ": ".join(filter(None, (str(ds.attrs.get("title", "")), f"{long_name} by {' and '.join(reversed(dims))}")))
+    shared: Any = {"title": title, "subtitle": subtitle, "theme": theme}
     if len(dims) == 1 and _is_text(ds, dims[0]) and f"{name}_low" in ds:
         return rows(ds, name, dims[0], x_title=value, **shared)
     if len(dims) == 1:
         return lines(ds, name, dims[0], None, y_title=value, **shared)
-    if ds.sizes[dims[1]] <= _MOST_LINES:
+    if _has_lines(ds, dims):
         return lines(ds, name, dims[0], dims[1], y_title=value, **shared)
     return _heatmap(ds, name, value, **shared)
+
+
+def _has_lines(ds: xr.Dataset, dims: list[str]) -> bool:
+    """Return whether two axes are drawn as lines along the first one, and not as a heat map."""
+    return ds.sizes[dims[1]] <= _MOST_LINES and dims[0] not in _NAMES
 
 
 def _heatmap(ds: xr.Dataset, name: str, value: str, *, title: str, subtitle: str, theme: ThemeName) -> go.Figure:

@@ -165,7 +165,9 @@ class LayerHeatmap:
         )
 
     def _key(self, marker: dict[str, Any], name: str) -> None:
-        self.figure.add_trace(go.Scatter(x=[None], y=[None], mode="markers", marker=marker, name=name))
+        # plotly leaves out the legend of a single entry unless it is asked for
+        entry = go.Scatter(x=[None], y=[None], mode="markers", marker=marker, name=name, showlegend=True)
+        self.figure.add_trace(entry)
 
 
 def difference_of_labels(

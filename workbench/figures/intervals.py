@@ -79,6 +79,8 @@ def lines(
     if log_x:
         figure.update_xaxes(type="log", range=[-0.1, float(np.log10(max(at[-1], 2))) + 0.1])
     figure.update_yaxes(title=y_title)
+    if axis is not None and np.asarray(ds[axis].values).dtype.kind in "iuf":  # numbers alone name nothing
+        figure.update_layout(legend_title=axis)
     return apply_theme(figure, colours, ds, title=title, subtitle=subtitle, height=460)
 
 

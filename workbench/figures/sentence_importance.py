@@ -29,7 +29,7 @@ def conversation(ds: xr.Dataset, name: str, *, theme: ThemeName = "light") -> go
             x=effect,
             y=labels,
             mode="markers",
-            name="own answer, kept less other",
+            name="change due to the sentence",
             error_x={"array": high - effect, "arrayminus": effect - low, "color": blue, "thickness": 1.6},
             marker={
                 "size": 10,

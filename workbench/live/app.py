@@ -3,7 +3,7 @@
 Everything a page needs comes from this server.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
@@ -32,20 +32,26 @@ _EXAMPLES = {"nano": "24*29"}  # of the tasks it was trained on
 
 def dashboard_page(server: ModelServer) -> ExtraPage:
     """Return the live page as one of a dashboard's pages."""
-    return ExtraPage("Live", lambda titles: live_page(server, titles)())
+    return ExtraPage("Live", lambda titles, absent: live_page(server, titles, absent)())
 
 
-def live_page(server: ModelServer, titles: Mapping[str, str] | None = None) -> Callable[[], PageTemplate]:
-    """Return a function that makes the page of one session. titles: of the pages beside it, by their address."""
+def live_page(
+    server: ModelServer, titles: Mapping[str, str] | None = None, absent: Collection[str] = ()
+) -> Callable[[], PageTemplate]:
+    """Return a function that makes the page of one session.
+
+    titles: of the pages beside it, by their address. absent: addresses of those for which the run recorded nothing.
+    """
 
     def show() -> PageTemplate:
         given = {name: values[0].decode("utf-8", "replace") for name, values in (pn.state.session_args or {}).items()}
         theme: ThemeName = "dark" if given.get("theme") == "dark" else "light"
         recipe, problem = recipe_of_address(given.get("recipe", ""), server)
+        others = {name: value for name, value in given.items() if name not in ("theme", "recipe")}  # of other pages
 
         def remember(recipe: Recipe) -> None:
             if pn.state.location:
-                pn.state.location.search = "?" + address_of_recipe(recipe, theme)
+                pn.state.location.search = "?" + address_of_recipe(recipe, theme, others)
 
         page = LivePage(server, recipe, theme, remember, problem)
         document = pn.state.curdoc
@@ -59,12 +65,19 @@ def live_page(server: ModelServer, titles: Mapping[str, str] | None = None) -> C
         pn.state.on_session_destroyed(lambda _: page.viewer.leave())
         pn.state.add_periodic_callback(refresh, period=_REFRESH_MS)
         own = (
-            address_of_recipe(recipe, theme)
+            address_of_recipe(recipe, theme, others)
             if given.get("recipe") and not problem
-            else urlencode({"theme": theme} if theme == "dark" else {})
+            else urlencode(others | ({"theme": theme} if theme == "dark" else {}))
         )
         template = page_template(
-            "live", titles or {"live": "Live"}, server.title, sidebar=[], main=page.main(), query=own, theme=theme
+            "live",
+            titles or {"live": "Live"},
+            server.title,
+            sidebar=[],
+            main=page.main(),
+            query=own,
+            theme=theme,
+            absent=absent,
         )
         template.config.raw_css = [*template.config.raw_css, _CSS]
         return template
@@ -87,10 +100,13 @@ def _is_connected(document: Any) -> bool:
     return session is None or session.connection_count > 0
 
 
-def address_of_recipe(recipe: Recipe, theme: ThemeName) -> str:
-    """Return the part of an address after the question mark; a recipe that is too long for it is left out."""
+def address_of_recipe(recipe: Recipe, theme: ThemeName, others: Mapping[str, str] | None = None) -> str:
+    """Return the part of an address after the question mark; a recipe that is too long for it is left out.
+
+    others: values of other pages, which links to them take along.
+    """
     text = recipe.to_json(indent=None)
-    values = {"theme": theme} if theme == "dark" else {}
+    values = {**(others or {}), **({"theme": theme} if theme == "dark" else {})}
     return urlencode(values | ({"recipe": text} if len(text) <= _MAX_ADDRESS else {}))
 
 

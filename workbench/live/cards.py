@@ -7,17 +7,22 @@ from typing import Any
 
 import panel as pn
 
-from workbench.dashboards.theme import CARD_CSS
+from workbench.dashboards.theme import CARD_CSS, PARTS_CSS, note
 from workbench.errors import InputError
 from workbench.harmony.labels import ROLES
 from workbench.harmony.messages import EFFORTS
+from workbench.live.number_field import NumberField
 from workbench.research.intervention import (
     CELL_KINDS,
     DIRECTIONS,
+    FACTOR_KINDS,
     HEAD_KINDS,
+    MAX_STRENGTH,
     STRENGTH_KINDS,
     Intervention,
     Scope,
+    plain_fields,
+    read_intervention,
 )
 from workbench.research.steering_sources import SteeringSources
 
@@ -34,6 +39,8 @@ TITLES = {
 }
 _CHANNELS = ["prompt", "analysis", "commentary", "final", "frame"]
 _SAME_EFFORT = "same"
+_MAX_POSITION = 10_000_000  # no context is longer
+_MAX_FEATURE = 100_000_000
 _CELL = re.compile(r"([0-9]{1,4}):([0-9]{1,4})")
 _RANGE = re.compile(r"([0-9]{1,6})(?:-([0-9]{1,6}))?")
 
@@ -48,7 +55,7 @@ def cells_of(text: str) -> tuple[tuple[int, int], ...]:
     for part in filter(None, re.split(r"[\s,]+", text)):
         match = _CELL.fullmatch(part)
         if match is None:
-            raise InputError(f"experts {part!r}: expected LAYER:EXPERT, as in 1:5 2:0")
+            raise InputError(f"experts {part[:40]!r}: expected LAYER:EXPERT, as in 1:5 2:0")
         cells.append((int(match[1]), int(match[2])))
     return tuple(dict.fromkeys(cells))
 
@@ -69,7 +76,7 @@ def layers_of(text: str, what: str = "layers") -> tuple[int, ...]:
         match = _RANGE.fullmatch(part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if last < first or last - first > 1000:
-            raise InputError(f"{what} {part!r}: expected numbers or ranges, as in 0-2 5")
+            raise InputError(f"{what} {part[:40]!r}: expected numbers or ranges, as in 0-2 5")
         numbers += range(first, last + 1)
     return tuple(dict.fromkeys(numbers))
 
@@ -87,10 +94,14 @@ class ScopeWidgets:
             pn.widgets.CheckBoxGroup(options=list(options), value=list(value), inline=True)
             for options, value in ((_CHANNELS, scope.channel), (ROLES, scope.role))
         )
-        self._start = pn.widgets.IntInput(label="From position", value=scope.start, start=0, width=110)
-        stop = "" if scope.stop is None else str(scope.stop)
-        self._stop = pn.widgets.TextInput(label="To position", value=stop, placeholder="end", width=110)
-        self.numbers = [self._start, self._stop]
+        self._start, self._stop = (
+            NumberField(label, value, low=0, high=_MAX_POSITION, whole=True, empty=empty, placeholder=placeholder)
+            for label, value, empty, placeholder in (
+                ("From position", scope.start, 0, "0"),
+                ("To position", scope.stop, _MAX_POSITION, "end"),
+            )
+        )
+        self.numbers = [self._start.widget, self._stop.widget]
         self.rows = [
             *(_labelled(f"{what}: channels (none: all)", self._channels)),
             *(_labelled(f"{what}: roles (none: all)", self._roles)),
@@ -100,13 +111,13 @@ class ScopeWidgets:
         """Return the scope that the widgets describe.
 
         Raises:
-            InputError: the last position is not a number.
+            InputError: a position is not a whole number, or the last one is not above the first.
         """
-        text = str(self._stop.value).strip()
-        if text and not text.isdecimal():
-            raise InputError(f"to position {text!r}: expected a whole number, or nothing for the end")
-        stop = int(text) if text else None
-        return Scope(tuple(self._channels.value), tuple(self._roles.value), int(self._start.value or 0), stop)
+        start, stop = int(self._start.read()), int(self._stop.read())
+        if stop <= start:
+            raise InputError(f"To position {stop:,}: expected more than From position, {start:,}")
+        channels, roles = tuple(self._channels.value), tuple(self._roles.value)
+        return Scope(channels, roles, start, None if stop == _MAX_POSITION else stop)
 
 
 def _labelled(text: str, widget: Any) -> list[Any]:
@@ -126,7 +137,8 @@ class InterventionCard:
             value=" ".join(map(str, one.layers)),
         )
         self._heads = pn.widgets.TextInput(label="Heads (none: all)", value=" ".join(map(str, one.heads)))
-        self._strength = pn.widgets.FloatInput(label="Strength", value=one.strength, step=0.25, width=100)
+        low = 0 if one.kind in FACTOR_KINDS else -MAX_STRENGTH
+        self._strength = NumberField("Strength", one.strength, low=low, high=MAX_STRENGTH, width=100)
         self._toward, self._away = (
             pn.widgets.Select(label=label, options=list(DIRECTIONS), value=value, width=120)
             for label, value in (("Toward the mean of", one.toward), ("Away from", one.away))
@@ -135,9 +147,10 @@ class InterventionCard:
         self._effort = pn.widgets.Select(
             label="At effort", options=[_SAME_EFFORT, *EFFORTS], value=one.source_effort or _SAME_EFFORT, width=110
         )
-        self._feature = pn.widgets.IntInput(label="Feature", value=one.feature, start=0, width=110)
+        self._feature = NumberField("Feature", one.feature, low=0, high=_MAX_FEATURE, whole=True)
         self.scope = ScopeWidgets(one.scope, "From queries" if one.kind == "knockout" else "Acts on")
         self.keys = ScopeWidgets(one.keys, "Hidden tokens")
+        self._problem = pn.pane.HTML("", stylesheets=[PARTS_CSS], sizing_mode="stretch_width")
         self._remove = pn.widgets.Button(label="Remove", width=80, variant="outline")
         self._remove.on_click(lambda _: remove(self))
         self.view = pn.Card(
@@ -147,6 +160,20 @@ class InterventionCard:
             stylesheets=[CARD_CSS],
             margin=(4, 0),
         )
+        self.view.param.watch(self._name_folded, "collapsed")
+
+    def fold(self) -> None:
+        """Fold the card to one line, which states what the intervention does."""
+        self.view.collapsed = True
+
+    def _name_folded(self, *_: Any) -> None:
+        text = ""
+        if self.view.collapsed:
+            try:
+                text = f": {self.intervention().describe()}"
+            except InputError as error:
+                text = f": {error}"
+        self.view.title = self.title + escape(text)  # the title of a card is HTML
 
     @staticmethod
     def _source_widget(one: Intervention, names: Sequence[str]) -> Any:
@@ -170,34 +197,43 @@ class InterventionCard:
         if self.kind == "steer":
             rows.append(pn.Row(self._toward, self._away))
         if self.kind in ("vector", "feature", "patch"):
-            more = {"feature": [self._feature], "patch": [self._effort]}.get(self.kind, [])
+            more = {"feature": [self._feature.widget], "patch": [self._effort]}.get(self.kind, [])
             rows.append(pn.FlexBox(self._source, *more))
         if self.kind == "knockout":
             rows += [*self.keys.rows, pn.Row(*self.keys.numbers)]
-        numbers = [*self.scope.numbers, *([self._strength] if self.kind in STRENGTH_KINDS else [])]
-        return [*rows, *self.scope.rows, pn.Row(*numbers), self._remove]
+        numbers = [*self.scope.numbers, *([self._strength.widget] if self.kind in STRENGTH_KINDS else [])]
+        return [*rows, *self.scope.rows, pn.Row(*numbers), self._problem, self._remove]
+
+    @property
+    def title(self) -> str:
+        """Return what the card is called on the page."""
+        return TITLES[self.kind]
+
+    def show_problem(self, text: str, kind: str = "danger") -> None:
+        """Show on the card why the intervention cannot be used, or nothing for an empty text. kind: of the note."""
+        self._problem.object = note(text, kind) if text else ""
+        if text:
+            self.view.collapsed = False
 
     def intervention(self) -> Intervention:
         """Return the intervention that the widgets describe.
 
         Raises:
-            InputError: a field cannot be read.
+            InputError: a field cannot be read, or the fields do not fit each other.
         """
-        scope, keys = self.scope.scope(), self.keys.scope()
-        cells, layers = cells_of(self._cells.value), layers_of(self._layers.value)
-        heads = layers_of(self._heads.value, "heads")
         kind, effort = self.kind, str(self._effort.value)
-        return Intervention(
+        one = Intervention(
             kind,
-            cells=cells if kind in CELL_KINDS else (),
-            layers=() if kind in CELL_KINDS else layers,
-            heads=heads if kind in HEAD_KINDS else (),
-            strength=float(self._strength.value) if kind in STRENGTH_KINDS else 1.0,
+            cells=cells_of(self._cells.value) if kind in CELL_KINDS else (),
+            layers=() if kind in CELL_KINDS else layers_of(self._layers.value),
+            heads=layers_of(self._heads.value, "heads") if kind in HEAD_KINDS else (),
+            strength=self._strength.read() if kind in STRENGTH_KINDS else 1.0,
             toward=str(self._toward.value) if kind == "steer" else "final",
             away=str(self._away.value) if kind == "steer" else "analysis",
             source=str(self._source.value or "") if kind in ("vector", "feature", "patch") else "",
             source_effort=effort if kind == "patch" and effort != _SAME_EFFORT else "",
-            feature=int(self._feature.value or 0) if kind == "feature" else 0,
-            scope=scope,
-            keys=keys if kind == "knockout" else Scope(),
+            feature=int(self._feature.read()) if kind == "feature" else 0,
+            scope=self.scope.scope(),
+            keys=self.keys.scope() if kind == "knockout" else Scope(),
         )
+        return read_intervention(plain_fields(one))  # the same checks as for a file

@@ -81,7 +81,8 @@ class Comparison:
 class Experiment:
     """A recipe on a model: its answers so far, the comparison at the end, and which interventions met no token.
 
-    n_begin: how many of the prompt's last tokens are what the answer begins with.
+    n_begin: how many of the prompt's last tokens are what the answer begins with. refused: the number of the
+    intervention that could not be applied, and why. unmatched: numbers of those that met no token.
 
     Raises:
         InputError: the vocabulary cannot express the prompt, or the prompt fills the context.
@@ -107,7 +108,8 @@ class Experiment:
         self.original = Answer([[] for _ in range(recipe.samples)])
         self.edited: Answer | None = None
         self.comparison: Comparison | None = None
-        self.unmatched: list[str] = []
+        self.refused: tuple[int, str] | None = None
+        self.unmatched: list[int] = []
 
     def n_cut_off(self, answer: Answer) -> int:
         """Return how many samples of an answer have no token that ends them."""
@@ -119,21 +121,41 @@ class Experiment:
         Raises:
             InputError: an intervention names what the model lacks, or the logits are not finite.
         """
-        if not self.recipe.needs_directions:
-            self.recipe.edits(
-                self.model, sources=self._sources
-            )  # what the model lacks is refused before anything is generated
+        for number, one in enumerate(self.recipe.interventions):  # refused before anything is generated
+            with self._naming(number):
+                self.recipe.check(one, self.model, self._sources)
         with recording(self.model, self._recorder) as recorder:
             yield from self._generate(self.original, recorder, self._prompt_cache)
             if not self.recipe.interventions:
                 return
-            edits = self.recipe.edits(self.model, [self._transcript()], sources=self._sources)
+            edits, numbers = self._edits()
             self.edited = Answer([[] for _ in range(self.recipe.samples)])
             with applied(self.model, *edits, need_match=False) as report:
                 yield from self._generate(self.edited, recorder, None)
-            self.unmatched = [matched.description for matched in report if not matched.tokens]
+            without = [number for number, matched in zip(numbers, report, strict=True) if not matched.tokens]
+            self.unmatched = list(dict.fromkeys(without))
             self.comparison = self._compare(edits, recorder)
             yield
+
+    def _edits(self) -> tuple[list[Edit], list[int]]:
+        """Return the edits of all interventions, and of each the number of its intervention."""
+        edits: list[Edit] = []
+        numbers: list[int] = []
+        for number, one in enumerate(self.recipe.interventions):
+            with self._naming(number):
+                made = self.recipe.edits_of(one, self.model, [self._transcript()], sources=self._sources)
+            edits += made
+            numbers += [number] * len(made)
+        return edits, numbers
+
+    @contextmanager
+    def _naming(self, number: int) -> Iterator[None]:
+        """Record which intervention is refused."""
+        try:
+            yield
+        except InputError as error:
+            self.refused = number, str(error)
+            raise
 
     def _generate(
         self, answer: Answer, recorder: "RoutingRecorder", prompt_cache: PromptCache | None

@@ -1,7 +1,5 @@
 """The live page of one browser session: prompt, map of experts, interventions, both answers, and the recipe."""
 
-import io
-import math
 from collections.abc import Callable
 from dataclasses import replace
 from html import escape
@@ -20,6 +18,8 @@ from workbench.live.experiment import Answer, Experiment, final_answer, summariz
 from workbench.live.expert_map import ExpertMap, shares_by_cell
 from workbench.live.job_queue import Job, State
 from workbench.live.model_server import ModelServer, Viewer
+from workbench.live.number_field import NumberField
+from workbench.live.recipe_card import RecipeCard
 from workbench.live.rendering import (
     ANSWER_CSS,
     answer_html,
@@ -28,16 +28,10 @@ from workbench.live.rendering import (
     history_html,
     samples_html,
 )
-from workbench.live.study_command import study_command
 from workbench.research.intervention import CELL_KINDS, Intervention, Scope
 from workbench.research.recipe import Recipe
-from workbench.research.recipe_python import recipe_python
 
 _REFRESH_MS = 120
-_CODE_CSS = """
-pre{margin:0;padding:10px 12px;background:var(--wb-raised);color:var(--wb-ink);border-radius:var(--wb-radius);
-overflow-x:auto;font:13px/1.5 ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace}
-"""
 _PRIMARY_CSS = """
 .bk-btn,.bk-btn:hover{background:var(--wb-accent)!important;color:var(--wb-on-accent)!important;font-weight:600}
 """
@@ -48,8 +42,8 @@ _NO_ANSWER = (
 )
 _NO_COMPARISON = "No comparison yet. Add an intervention and press Run."
 _COMPARISON_LATER = "The comparison follows when both answers are complete."
+_UNMATCHED = "No token of the edited answer or its prompt is in the scope: the intervention changed nothing."
 _EDIT_THERE = "The answer is in the field “Beginning of the answer”. Edit it there and press Run."
-_COPY = "navigator.clipboard.writeText(code.value)"
 
 
 class LivePage:
@@ -70,6 +64,7 @@ class LivePage:
         self._notes: list[str] = []
         self._shown: tuple[Any, ...] = ()
         self._cards: list[InterventionCard] = []
+        self._run_cards: list[InterventionCard] = []  # those of the run that is shown
         self._history: tuple[tuple[str, str], ...] = ()
         self._continued = ""  # the beginning that Continue made: another user message removes it
         self._make_widgets()
@@ -97,10 +92,10 @@ class LivePage:
         self._turns = pn.pane.HTML("", stylesheets=[PARTS_CSS, ANSWER_CSS], **wide)
         self._next = pn.widgets.Button(label="Next turn", width=110)
         self._undo = pn.widgets.Button(label="Remove the last turn", width=180, visible=False)
-        self._temperature = pn.widgets.FloatInput(label="Temperature", start=0, end=10, step=0.1, width=100)
-        self._seed = pn.widgets.IntInput(label="Seed", start=0, end=2**31 - 1, width=100)
-        self._tokens = pn.widgets.IntInput(label="New tokens", start=1, end=limits.max_new_tokens, width=100)
-        self._samples = pn.widgets.IntInput(label="Samples", start=1, end=limits.max_samples, width=90)
+        self._temperature = NumberField("Temperature", 0, low=0, high=10, width=100)
+        self._seed = NumberField("Seed", 0, low=0, high=2**31 - 1, whole=True, width=100)
+        self._tokens = NumberField("New tokens", 1, low=1, high=limits.max_new_tokens, whole=True, width=100)
+        self._samples = NumberField("Samples", 1, low=1, high=limits.max_samples, whole=True, width=90)
         self._run, self._stop, self._continue = (
             pn.widgets.Button(label=text, width=width, color=colour)
             for text, width, colour in (("Run", 90, "primary"), ("Stop", 80, "default"), ("Continue", 100, "default"))
@@ -117,19 +112,12 @@ class LivePage:
             for kind, title in TITLES.items()
             if kind not in ("vector", "feature") or source_names(kind, self._server.sources)
         }
+        self._add_problem = pn.pane.HTML("", stylesheets=[PARTS_CSS], **wide)
         self._list = pn.Column(sizing_mode="stretch_width")
         css = [PARTS_CSS, ANSWER_CSS]
         self._answers = [pn.pane.HTML(_muted(text), stylesheets=css, **wide) for text in _NO_ANSWER]
         self._comparison = pn.pane.HTML(_muted(_NO_COMPARISON), stylesheets=css, **wide)
-        self._python = pn.widgets.TextAreaInput(visible=False)  # what the browser copies
-        self._code = pn.pane.HTML("", stylesheets=[_CODE_CSS], **wide)
-        self._recipe_status = pn.pane.HTML("", stylesheets=[PARTS_CSS], **wide)
-        self._save = pn.widgets.FileDownload(
-            callback=self._recipe_file, filename="recipe.json", label="Save the recipe", width=150, variant="outline"
-        )
-        self._load = pn.widgets.FileInput(label="Load a recipe", accept=".json", multiple=False)
-        self._copy = pn.widgets.Button(label="Copy as Python", width=150)
-        self._study = pn.widgets.Button(label="Copy as a study", width=150)
+        self._recipe_card = RecipeCard(self.recipe, self._load_recipe, self._finished)
         self._connect()
 
     def _connect(self) -> None:
@@ -140,13 +128,7 @@ class LivePage:
         self._next.on_click(lambda _: self.next_turn())
         self._undo.on_click(lambda _: self._put_history(self._history[:-1]))
         for kind, button in self._add.items():
-            button.on_click(lambda _, kind=kind: self._guarded(lambda: self._add_intervention(kind)))
-        below = self._recipe_status  # beside the buttons, which are far below the prompt
-        self._copy.on_click(lambda _: self._guarded(lambda: self._show_code(recipe_python), below))
-        self._study.on_click(lambda _: self._guarded(lambda: self._show_code(study_command), below))
-        for button in (self._copy, self._study):
-            button.js_on_click(args={"code": self._python}, code=f"setTimeout(() => {_COPY}, 400)")
-        self._load.param.watch(lambda event: self._guarded(self._load_recipe, below), "value")
+            button.on_click(lambda _, kind=kind: self._add_clicked(kind))
         self._user.param.watch(lambda _: self._forget_continued(), "value")
 
     def main(self) -> list[Any]:
@@ -156,7 +138,7 @@ class LivePage:
             self._user,
             pn.Row(pn.pane.HTML("<label>Reasoning effort</label>", margin=(10, 0, 0, 10)), self._effort),
             self._more,
-            pn.FlexBox(self._temperature, self._seed, self._tokens, self._samples),
+            pn.FlexBox(*(field.widget for field in (self._temperature, self._seed, self._tokens, self._samples))),
             pn.FlexBox(self._run, self._stop, self._continue, self._edit, self._next, self._undo),
             self._status,
             sizing_mode="stretch_width",
@@ -166,6 +148,7 @@ class LivePage:
             self._map,
             widgets.html('<p class="wb-muted">Click cells to select experts, then add an intervention.</p>'),
             pn.FlexBox(*self._add.values(), margin=(0, 7, 8, 7)),
+            self._add_problem,
             self._list,
             sizing_mode="stretch_width",
         )
@@ -173,26 +156,13 @@ class LivePage:
             widgets.card(title, pane)
             for title, pane in zip(("Original answer", "Edited answer"), self._answers, strict=True)
         ]
-        recipe = pn.Column(
-            widgets.html(
-                "<p>The recipe is the prompt, the sampling options and the interventions. The address of this page "
-                "contains it, and <code>workbench apply recipe.json</code> runs a saved one. <i>Copy as a study</i> "
-                "gives the commands that test it on your prompts beside random interventions of the same kind and "
-                "size.</p>"
-            ),
-            pn.FlexBox(self._save, self._copy, self._study, self._load, align_items="flex-end"),
-            self._recipe_status,
-            self._python,
-            self._code,
-            sizing_mode="stretch_width",
-        )
         return [
             widgets.beside(
                 widgets.card("Prompt", prompt), widgets.card("Experts and interventions", experts), width=400
             ),
             widgets.beside(*sides, width=400),
             widgets.card("Difference", self._comparison),
-            widgets.card("Recipe", recipe),
+            widgets.card("Recipe", self._recipe_card.view()),
         ]
 
     def recipe(self) -> Recipe:
@@ -209,14 +179,36 @@ class LivePage:
             history=self._history,
             expected=str(self._expected.value),
             model=self._server.name,
-            temperature=float(_number(self._temperature)),
-            seed=int(_number(self._seed)),
-            max_new_tokens=int(_number(self._tokens)),
-            samples=int(_number(self._samples)),
-            interventions=tuple(card.intervention() for card in self._cards),
+            temperature=self._temperature.read(),
+            seed=int(self._seed.read()),
+            max_new_tokens=int(self._tokens.read()),
+            samples=int(self._samples.read()),
             **self._truncation,
         )
+        recipe = replace(recipe, interventions=self._interventions(recipe))
         return Recipe.from_json(recipe.to_json())  # the same checks as for a file
+
+    def _interventions(self, recipe: Recipe) -> tuple[Intervention, ...]:
+        """Return the interventions of the cards for this prompt; every card that is refused shows why.
+
+        Raises:
+            InputError: a card is refused.
+        """
+        interventions: list[Intervention] = []
+        refused = ""
+        for number, card in enumerate(self._cards):
+            problem = ""
+            try:
+                one = card.intervention()
+                recipe.check(one, self._server.model, self._server.sources)
+                interventions.append(one)
+            except InputError as error:
+                problem = str(error)
+                refused = refused or f"Intervention {number + 1}, {card.title}: {problem}"
+            card.show_problem(problem)
+        if refused:
+            raise InputError(refused)
+        return tuple(interventions)
 
     def run(self) -> None:
         """Put the recipe into the queue and show the answers as they grow."""
@@ -285,6 +277,15 @@ class LivePage:
             pane.object = (text + _speed_html(side)) if side else _muted("No interventions.")
         if ended:
             self._comparison.object = self._comparison_html(experiment)
+            self._show_problems(experiment)
+
+    def _show_problems(self, experiment: Experiment) -> None:
+        """Show on the cards of a run which interventions could not be applied or met no token."""
+        if experiment.refused is not None:
+            number, reason = experiment.refused
+            self._run_cards[number].show_problem(reason)
+        for number in experiment.unmatched:
+            self._run_cards[number].show_problem(_UNMATCHED, "warning")
 
     def _start(self) -> None:
         recipe = self.recipe()
@@ -292,6 +293,7 @@ class LivePage:
             raise InputError("the user message is empty: write one and press Run")
         self._remember(recipe)
         self._job, self._experiment, self._notes = self.viewer.run(recipe)
+        self._run_cards = list(self._cards)
         self._comparison.object = _muted(_COMPARISON_LATER if recipe.interventions else _NO_COMPARISON)
         self.refresh()
 
@@ -309,7 +311,9 @@ class LivePage:
             State.TIMED_OUT: f"Stopped at the time limit of {self._server.limits.max_seconds:g} s.",
         }
         if job.state is State.FAILED:
-            return note(job.reason, "danger")
+            refused = experiment.refused
+            which = f"Intervention {refused[0] + 1}, {self._run_cards[refused[0]].title}: " if refused else ""
+            return note(which + job.reason, "danger")
         if job.state is State.DONE and (cut := cut_off_sentence(experiment)):
             return note(f"Done. {cut} Press Continue, or raise New tokens.", "warning")
         return note(texts[job.state], "good" if job.state is State.DONE else "")
@@ -344,6 +348,14 @@ class LivePage:
         text: str = self._server.model.tokenizer.decode(tokens)
         return text
 
+    def _add_clicked(self, kind: str) -> None:
+        """Add an intervention, or show below the buttons why it cannot be."""
+        self._add_problem.object = ""
+        try:
+            self._add_intervention(kind)
+        except InputError as error:
+            self._add_problem.object = note(str(error), "danger")
+
     def _add_intervention(self, kind: str) -> None:
         cells = tuple((int(layer), int(expert)) for layer, expert in self._map.chosen)
         if kind in CELL_KINDS and not cells:
@@ -363,6 +375,8 @@ class LivePage:
             strength=strength,
             **asked.get(kind, {}),
         )
+        for card in self._cards:  # so that the answers stay near the prompt
+            card.fold()
         self._put_cards([*self._cards, self._card(one)])
         if kind in CELL_KINDS:
             self._map.chosen = []
@@ -381,53 +395,36 @@ class LivePage:
         limits = self._server.limits
         self._user.value, self._developer.value = recipe.user, recipe.developer
         self._effort.value, self._begin.value = recipe.effort, recipe.begin
-        self._temperature.value, self._seed.value = recipe.temperature, recipe.seed
-        self._tokens.value = min(recipe.max_new_tokens, limits.max_new_tokens)
-        self._samples.value = min(recipe.samples, limits.max_samples)
+        self._temperature.put(recipe.temperature)
+        self._seed.put(recipe.seed)
+        self._tokens.put(min(recipe.max_new_tokens, limits.max_new_tokens))
+        self._samples.put(min(recipe.samples, limits.max_samples))
         self._truncation: dict[str, Any] = {name: getattr(recipe, name) for name in ("top_k", "top_p", "min_p")}
         self._expected.value = recipe.expected
         self._more.collapsed = not (recipe.developer or recipe.begin or recipe.expected)
         self._put_history(recipe.history)
         self._put_cards([self._card(one) for one in recipe.interventions])
+        for card in self._cards[:-1]:
+            card.fold()
 
-    def _load_recipe(self) -> None:
-        if self._load.value:
-            recipe = Recipe.from_json(bytes(self._load.value).decode("utf-8", "replace"))
-            self._fill(recipe)
-            self._remember(replace(recipe, model=self._server.name))
-            self._recipe_status.object = note("The recipe was loaded. Press Run.", "good")
+    def _finished(self) -> Experiment:
+        """Return the experiment whose answers are shown, once they are not generated any more."""
+        if self._experiment is None or self._job is None or not self._experiment.original.tokens:
+            raise InputError("there is no answer yet: press Run")
+        if not self._job.ended.is_set():
+            raise InputError("the answers are not complete yet: wait until they are, or press Stop")
+        return self._experiment
 
-    def _recipe_file(self) -> io.StringIO:
-        return io.StringIO(self.recipe().to_json() + "\n")
+    def _load_recipe(self, recipe: Recipe) -> None:
+        self._fill(recipe)
+        self._remember(replace(recipe, model=self._server.name))
 
-    def _show_code(self, code: Callable[[Recipe], str]) -> None:
-        """Show what the browser copies: a program, or commands."""
-        self._python.value = code(self.recipe())
-        self._code.object = f"<pre>{escape(self._python.value)}</pre>"
-        self._recipe_status.object = note(
-            "Copied to the clipboard, if the browser allows it. The text is below.", "good"
-        )
-
-    def _guarded(self, action: Callable[[], None], pane: Any = None) -> None:
-        """Do what a viewer asked for, or show why it is refused: in this pane, or else below the prompt."""
+    def _guarded(self, action: Callable[[], None]) -> None:
+        """Do what a viewer asked for, or show below the prompt why it is refused."""
         try:
             action()
         except InputError as error:
-            (pane or self._status).object = note(str(error), "danger")
-            if pane is not None:  # what was copied before is not what was asked for now
-                self._python.value = self._code.object = ""
-
-
-def _number(widget: Any) -> float:
-    """Return the number of a field.
-
-    Raises:
-        InputError: the field is empty.
-    """
-    value = widget.value
-    if value is None or math.isnan(value):
-        raise InputError(f"{widget.label} is empty: give a number from {widget.start:,} to {widget.end:,}")
-    return float(value)
+            self._status.object = note(str(error), "danger")
 
 
 def _muted(text: str) -> str:

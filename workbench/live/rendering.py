@@ -141,8 +141,9 @@ def comparison_html(experiment: Experiment, comparison: Comparison) -> str:
         for layer, share in enumerate(comparison.routing_change)
     )
     unmatched = "".join(
-        f'<div class="wb-note warning">No token is in the scope of: {escape(text)}</div>'
-        for text in experiment.unmatched
+        f'<div class="wb-note warning">No token is in the scope of: '
+        f"{escape(experiment.recipe.interventions[number].describe())}</div>"
+        for number in experiment.unmatched
     )
     listed = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)
     heading = (

@@ -2,7 +2,11 @@
 
 from typing import Any
 
+import numpy as np
+
+from workbench.capture.generation import final_text
 from workbench.counting import count_of
+from workbench.harmony.transcripts import Transcript
 from workbench.live.experiment import Answer, Experiment, summarize
 
 
@@ -15,8 +19,34 @@ def result_of(experiment: Experiment) -> dict[str, Any]:
         "original": _answer(experiment, experiment.original),
         "edited": None if experiment.edited is None else _answer(experiment, experiment.edited),
         "comparison": None if comparison is None else vars(comparison),
-        "interventions_without_tokens": experiment.unmatched,
+        "interventions_without_tokens": [experiment.recipe.interventions[i].describe() for i in experiment.unmatched],
     }
+
+
+def transcripts_of(experiment: Experiment) -> list[Transcript]:
+    """Return all samples of both answers as transcripts, which a capture records: the task names the answer.
+
+    A capture applies no interventions: of the edited answer it records the model that reads what was generated.
+    """
+    recipe = experiment.recipe
+    sides = {"original": experiment.original} | ({"edited": experiment.edited} if experiment.edited else {})
+    interventions = [one.describe() for one in recipe.interventions]
+    tokenizer, expected = experiment.model.tokenizer, recipe.expected.strip()
+    return [
+        Transcript(
+            f"{name}/{recipe.effort}/{sample}",
+            "prompt",
+            recipe.effort,
+            np.array([*experiment.prompt, *row], dtype=np.int32),
+            len(experiment.prompt),
+            expected or None,
+            meta={"task": name, **({"interventions": interventions} if name == "edited" else {})},
+            complete=bool(row) and row[-1] in tokenizer.stop_ids,
+            correct=final_text(np.array([*experiment.prompt, *row]), tokenizer) == expected if expected else None,
+        )
+        for name, answer in sides.items()
+        for sample, row in enumerate(answer.rows)
+    ]
 
 
 def text_of(experiment: Experiment) -> str:
@@ -31,7 +61,7 @@ def text_of(experiment: Experiment) -> str:
             f"log-probability of the original answer: {sum(changes):+.3f} nats with the interventions",
             "experts exchanged by layer: " + ", ".join(f"{share:.1%}" for share in comparison.routing_change),
         ]
-    lines += [f"no token matched {description}" for description in experiment.unmatched]
+    lines += [f"no token matched {experiment.recipe.interventions[i].describe()}" for i in experiment.unmatched]
     return "\n".join(lines)
 
 

@@ -15,7 +15,6 @@
 Layers mean the residual stream after them. Without heads every head is meant.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -28,7 +27,9 @@ from workbench.harmony.messages import EFFORTS
 CELL_KINDS = ("forbid", "force", "reweight")
 HEAD_KINDS = ("scale_sinks", "knockout")
 STEERING_KINDS = ("steer", "vector", "feature")
-STRENGTH_KINDS = ("reweight", "scale_sinks", *STEERING_KINDS)
+FACTOR_KINDS = ("reweight", "scale_sinks")  # their strength is a factor from 0 upwards
+STRENGTH_KINDS = (*FACTOR_KINDS, *STEERING_KINDS)
+MAX_STRENGTH = 1e30  # activations times a larger one are not finite in float32 and bfloat16
 KINDS = (*CELL_KINDS, "scale_sinks", *STEERING_KINDS, "patch", "knockout")
 CHANNEL_DIRECTIONS = ("analysis", "commentary", "final", "prompt")  # channels whose means a direction is made of
 DIRECTIONS = (*CHANNEL_DIRECTIONS, *EFFORTS)
@@ -128,10 +129,9 @@ def read_intervention(document: Any) -> Intervention:
     one = Intervention(**values)
     _check_numbers(one)
     _check_direction(one)
-    if not math.isfinite(one.strength) or (one.kind in ("reweight", "scale_sinks") and one.strength < 0):
-        raise InputError(
-            f"strength {one.strength!r} of {one.kind!r}: expected a finite number, a factor from 0 upwards"
-        )
+    low = 0.0 if one.kind in FACTOR_KINDS else -MAX_STRENGTH
+    if not low <= one.strength <= MAX_STRENGTH:  # NaN is refused, too
+        raise InputError(f"strength {one.strength!r} of {one.kind!r}: expected a number from {low:g} to 1e30")
     return one
 
 

@@ -36,7 +36,7 @@ from workbench.research.intervention import (
     plain_fields,
     read_intervention,
 )
-from workbench.research.intervention_edits import edits_of
+from workbench.research.intervention_edits import check_intervention, edits_of
 from workbench.research.steering_sources import SteeringSources
 
 __all__ = ["CELL_KINDS", "DIRECTIONS", "KINDS", "Intervention", "Recipe", "Scope"]
@@ -129,12 +129,33 @@ class Recipe:
         Raises:
             InputError: the model lacks a layer or an expert, a direction has no tokens, or a source is not known.
         """
-        steering = sources or SteeringSources()
-        prompt = self.prompt_of(model)
-        edits = [edit for one in self.interventions for edit in edits_of(one, model, transcripts, steering, prompt)]
+        return [edit for one in self.interventions for edit in self.edits_of(one, model, transcripts, sources=sources)]
+
+    def edits_of(
+        self,
+        one: Intervention,
+        model: GptOss,
+        transcripts: Sequence[Transcript] | None = None,
+        *,
+        sources: SteeringSources | None = None,
+    ) -> list[Edit]:
+        """Return the edits of one intervention on this prompt; see `edits`.
+
+        Raises:
+            InputError: as `edits`.
+        """
+        edits = edits_of(one, model, transcripts, sources or SteeringSources(), self.prompt_of(model))
         for edit in edits:
             edit.points(model)  # refuses what the model lacks
         return edits
+
+    def check(self, one: Intervention, model: GptOss, sources: SteeringSources | None = None) -> None:
+        """Check an intervention against the model and this prompt, without a pass over any tokens.
+
+        Raises:
+            InputError: the model lacks what it names, a source is not known, or the other prompt has another length.
+        """
+        check_intervention(one, model, sources or SteeringSources(), self.prompt_of(model))
 
     def to_json(self, *, indent: int | None = 2) -> str:
         """Return the recipe as JSON; fields that have their defaults are left out."""

@@ -32,7 +32,6 @@ STUDY = Study(
     figures="workbench.figures.channels",
     main_figures=("routing_sizes", "routing_analysis_vs_final_volcano"),
     page="channels",
-    page_title="Analysis vs. final",
     order=30,
 )
 PROBE_TOKENS = 4000  # at most, of a layer

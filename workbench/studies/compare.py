@@ -32,7 +32,7 @@ from workbench.studies.wording import wording
 
 STUDY = Study(
     name="compare",
-    title="Comparison of two runs",
+    title="Compare runs",
     question="Where do two models, or two versions of one, treat the same tokens differently?",
     requires=("routing", "logprobs"),
     compute="one pass over the tokens of both runs",
@@ -40,7 +40,6 @@ STUDY = Study(
     figures="workbench.figures.compare",
     runs=2,
     page="compare",
-    page_title="Compare runs",
     order=50,
 )
 _CI = "95 %, Student's t over prompts corrected for skewness, within [0, 1]"

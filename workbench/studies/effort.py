@@ -30,13 +30,12 @@ from workbench.studies.statistics import false_discovery
 
 STUDY = Study(
     name="effort",
-    title="Reasoning effort",
+    title="Effort",
     question="What does a higher reasoning effort cost in tokens, gain in accuracy and change in routing and sinks?",
     compute="several passes over the run's tokens; jackknife over prompts",
     figures="workbench.figures.effort",
     main_figures=("accuracy_by_tokens", "routing_sizes"),
     page="effort",
-    page_title="Effort",
     order=40,
 )
 ALPHA = 0.05
@@ -261,11 +260,19 @@ def gain(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr
         lines.append(
             f"{label}: {c['more_tokens']:+.1f} analysis tokens [{c['more_tokens_low']:+.1f}, "
             f"{c['more_tokens_high']:+.1f}]; "
-            f"{changed} {100 * c['gain']:+.1f} [{100 * c['gain_low']:+.1f}, {100 * c['gain_high']:+.1f}] points, "
-            f"{100 * c['gain_per_100']:+.1f} per 100 tokens."
+            f"{changed} {100 * c['gain']:+.1f} [{100 * c['gain_low']:+.1f}, {100 * c['gain_high']:+.1f}] points"
+            f"{_per_tokens(c['gain_per_100'], c['more_tokens'])}."
         )
     result.attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "summary": "\n".join(lines)}
     return result
+
+
+def _per_tokens(gain_per_100: float, more_tokens: float) -> str:
+    """Return the gain of accuracy per additional token, or per 10, 100, …, but not per more than were added."""
+    if not np.isfinite(gain_per_100) or abs(more_tokens) < 1:
+        return ""
+    unit = 10 ** int(np.log10(abs(more_tokens)))
+    return f", {gain_per_100 * unit:+.1f} points per {count_of(unit, 'additional token')}"
 
 
 def _gain(change: Float[np.ndarray, " prompt"]) -> tuple[float, float, float]:

@@ -38,7 +38,6 @@ STUDY = Study(
     compute="two passes over the run's tokens; jackknife over prompts",
     figures="workbench.figures.expert_examples",
     page="expert-examples",
-    page_title="Experts by example",
     order=15,
 )
 BEFORE, AFTER = 12, 4  # tokens of context

@@ -34,7 +34,6 @@ STUDY = Study(
     },
     figures="workbench.figures.feature_examples",
     page="features",
-    page_title="Features",
     order=17,
 )
 _NONE = "; −1: fewer tokens than places"

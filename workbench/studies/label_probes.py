@@ -53,7 +53,6 @@ STUDY = Study(
         "false_positives": "Rate at which thresholds are frozen (default: 0.05).",
     },
     page="label-probes",
-    page_title="Label probes",
     order=48,
 )
 SOURCES = ("activation", "token", "position", "bigram", "control task")

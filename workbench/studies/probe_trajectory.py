@@ -40,7 +40,7 @@ from workbench.studies.result import Definition, dataset, provenance
 
 STUDY = Study(
     name="probe-trajectory",
-    title="Probes along the chain of thought",
+    title="Probes along the analysis",
     question="From which point of the analysis on do activations predict a label better than its tokens do?",
     requires=("activations",),
     compute="probes of every recorded layer and point of the analysis, fitted five times; jackknife",
@@ -53,7 +53,6 @@ STUDY = Study(
     },
     figures="workbench.figures.probe_trajectory",
     page="probe-trajectory",
-    page_title="Probes along the analysis",
     order=49,
 )
 SOURCES = ("token", "position", "bigram", "tokens so far")

@@ -44,7 +44,6 @@ STUDY = Study(
     },
     figures="workbench.figures.risk_difference",
     page="experts",
-    page_title="Experts",
     order=45,
 )
 MATCHED: dict[str, Control] = {"prompt": "none", "prompt and token": "token"}  # the engine's control of each

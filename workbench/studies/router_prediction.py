@@ -28,7 +28,7 @@ from workbench.studies.run_index import index_of
 
 STUDY = Study(
     name="router-prediction",
-    title="Prediction of the router",
+    title="Router prediction",
     question="How well do token, bigram, the experts of the layer before and recorded features predict routing?",
     requires=("routing",),
     compute="one pass over the run's tokens; ridge regressions of every layer, fitted five times",
@@ -37,7 +37,6 @@ STUDY = Study(
         "max_tokens": "Use at most this many tokens (default: 4000).",
     },
     page="router-prediction",
-    page_title="Router prediction",
     order=49,
 )
 FOLDS = 5

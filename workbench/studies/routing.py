@@ -52,7 +52,7 @@ _EFFECTIVE = "exp of the limits of the entropy"
 
 STUDY = Study(
     name="routing",
-    title="Routing: expert load",
+    title="Experts",
     question="Which experts process the tokens of each channel and effort, and where do they differ?",
     requires=("routing",),
     compute="sums of the run; bootstrap and permutations over prompts",
@@ -63,7 +63,6 @@ STUDY = Study(
     figures="workbench.figures.routing",
     main_figures=("entropy_by_layer", "load_analysis_high", "load_final_high", "divergence_analysis_vs_final"),
     page="experts",
-    page_title="Experts",
     order=10,
 )
 DEFINITIONS = {

@@ -30,7 +30,6 @@ STUDY = Study(
     requires=("host_routing",),
     compute="one pass over the tokens; jackknife over prompts",
     page="experts",
-    page_title="Experts",
     order=60,
 )
 POSITIONS = (0, 64, 256, 1024, 4096)

@@ -21,7 +21,6 @@ STUDY = Study(
     compute="one pass over the tokens of both runs; jackknife over prompts",
     runs=2,
     page="compare",
-    page_title="Compare runs",
     order=61,
 )
 _EFFECT = Definition(

@@ -29,7 +29,6 @@ STUDY = Study(
     figures="workbench.figures.sinks",
     main_figures=("mass_analysis_high", "sizes"),
     page="sinks",
-    page_title="Attention sinks",
     order=20,
 )
 RATE_ABOVE = 0.3  # the threshold of arXiv 2410.10781
