@@ -97,7 +97,7 @@ def heat(page: Page) -> list[list[float]]:
 
 
 def frame_of(session: Session) -> Frame:
-    for _ in range(120):
+    for _ in range(1200):  # five minutes, as of `expect`
         frames = [f for f in session.page.frames if f != session.page.main_frame]
         with contextlib.suppress(Error):  # a frame that was replaced meanwhile
             if frames and frames[0].locator(".t").count():

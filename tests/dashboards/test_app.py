@@ -21,6 +21,7 @@ from tornado.websocket import WebSocketClosedError
 
 from tests.cli.running import run_command
 from tests.dashboards.browsing import SCREENSHOTS, UNNAMED, Session, frame_of, heat, serve, stop
+from tests.runs.conftest import make_older
 from tests.serving import free_port, wait_for
 from workbench.dashboards import app as dashboard
 from workbench.dashboards.app import expect_closed_connections
@@ -83,6 +84,7 @@ def three_runs(demo_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         "<script>window.evil = 1</script><img src=x onerror='window.evil = 1'>"
     )
     (evil / "zarr.json").write_text(json.dumps(attributes))
+    make_older(evil)  # the checksums of a newer run would show that its attributes were changed
     server, url = serve(str(evil), str(demo_run), str(gone))
     yield url, folder
     stop(server)

@@ -1,5 +1,6 @@
 """Conversations in a real browser: colours, search, replay, links, and text that stays text."""
 
+import contextlib
 import random
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ import workbench as wb
 from tests.dashboards.browsing import SCREENSHOTS, Session, frame_of, serve, stop
 
 playwright = pytest.importorskip("playwright.sync_api")
-from playwright.sync_api import Browser, expect  # noqa: E402
+from playwright.sync_api import Browser, Error, expect  # noqa: E402
 
 pytestmark = pytest.mark.browser
 
@@ -92,11 +93,16 @@ def test_random_links_reopen_what_they_name(demo: str, demo_run: Path, browser: 
 
 def test_next_opens_another_conversation_and_the_link_reopens_it(demo: str, browser: Browser) -> None:
     session = Session(browser, f"{demo}/transcript")
-    frame_of(session)
+    before = shown = frame_of(session).locator("#text").text_content()
     session.page.get_by_text("next ›").click()
     session.page.wait_for_url(re.compile(r"sequence=\d+"))
-    session.page.wait_for_timeout(800)
-    shown = frame_of(session).locator("#text").text_content()
+    for _ in range(1200):  # five minutes: the address changes before the conversation is drawn
+        with contextlib.suppress(Error):  # a frame that was replaced meanwhile
+            shown = frame_of(session).locator("#text").text_content(timeout=5000)
+        if shown != before:
+            break
+        session.page.wait_for_timeout(250)
+    assert shown != before
     again = Session(browser, session.page.url)
     assert frame_of(again).locator("#text").text_content() == shown
 

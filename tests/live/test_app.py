@@ -88,6 +88,7 @@ def test_prompt_forbid_compare_and_copy(url: str, tmp_path: Path) -> None:
     with launched() as browser:
         session = Session(browser, f"{url}?theme=dark")
         page = session.page
+        page.context.grant_permissions(["clipboard-write"])  # a click is enough in a window, not in a headless shell
         page.get_by_label("User message").fill("<img src=x onerror=alert(1)>", timeout=LONG)
         page.get_by_role("button", name="Run", exact=True).click()
         expect(page.get_by_text("cannot express the character '<'")).to_be_visible(

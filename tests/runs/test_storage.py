@@ -3,7 +3,6 @@
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import pytest
 
 from tests.runs.conftest import job, write_run
 from tests.runs.test_lock import compete
+from tests.serving import free_port, wait_for
 from tests.test_outputs import interrupt_every_step
 from workbench import outputs
 from workbench.capture.plan import plan_units
@@ -35,9 +35,7 @@ KEY = "testing-key-that-nobody-may-see"
 @pytest.fixture(scope="session")
 def s3() -> Iterator[str]:
     """A bucket on a server in a process of its own; found by environment variables, as a user's is."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     server = subprocess.Popen(
         [sys.executable, "-m", "tests.runs.s3_server", str(port)],
         stdout=subprocess.DEVNULL,
@@ -53,12 +51,7 @@ def s3() -> Iterator[str]:
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     try:
-        for _ in range(100):
-            try:
-                socket.create_connection(("127.0.0.1", port), 0.2).close()
-                break
-            except OSError:
-                time.sleep(0.1)
+        wait_for(port, server)
         fsspec.filesystem("s3").mkdir("runs")
         yield "s3://runs"
     finally:
@@ -208,6 +201,7 @@ def test_one_of_two_takes_the_lock(url: str) -> None:
 CHILD = """
 import sys
 from tests.runs.test_lock import compete
+from tests.serving import free_port, wait_for
 from tests.test_outputs import interrupt_every_step
 from workbench import outputs
 from tests.runs.conftest import job, write_unit, LENGTHS

@@ -4,17 +4,16 @@ Also tests `workbench.harmony.hosts.answers`, `workbench.harmony.hosts.asker` an
 """
 
 import os
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 
 from tests.harmony.hosts.mock_server import FakeHost, Reply, chat, rows_of, settings, write
+from tests.serving import free_port, wait_for
 from workbench import harmony
 from workbench.errors import InputError, JobError
 from workbench.harmony.hosts.collect import collect
@@ -278,21 +277,14 @@ def test_a_third_party_s_server_running_nano(tmp_path: Path) -> None:
     from workbench.capture.job import capture
     from workbench.model import load
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [Path(sys.executable).with_name("transformers"), "serve", NANO, "--device", "cpu", "--dtype", "float32"]
     log = (tmp_path / "server.log").open("w")
     server = subprocess.Popen(
         [*map(str, command), "--port", str(port)], stdout=log, stderr=log, env=os.environ | {"HF_HUB_OFFLINE": "1"}
     )
     try:
-        for _ in range(240):
-            try:
-                httpx.get(f"http://127.0.0.1:{port}/health", trust_env=False)
-                break
-            except httpx.TransportError:
-                time.sleep(0.25)
+        wait_for(port, server)
         asked_of_both = (NANO.parent / "prompts.jsonl").read_text().splitlines()
         chosen = [line for line in asked_of_both if '"arithmetic"' in line][::16]
         prompts = tmp_path / "prompts.jsonl"
