@@ -123,7 +123,7 @@ def _head(run: Run, number: int, before: int | None, after: int | None) -> str:
 
 def _row(run: Run, number: int) -> dict[str, object]:
     """Return what is known of a conversation, its grade in words."""
-    row = {**run.sequences.loc[number].to_dict()}
+    row = {str(name): value for name, value in run.sequences.loc[number].items()}
     return row | {"correct": _GRADES.get(int(row["correct"]), "not graded")}
 
 
