@@ -17,6 +17,7 @@ import xarray as xr
 from workbench.dashboards.stored_results import StoredResults, stored_beside
 from workbench.dashboards.study_jobs import Answer, StudyJobs
 from workbench.errors import InputError
+from workbench.registry import studies
 from workbench.runs import Run, open_run
 from workbench.runs.storage import LocalStorage, storage_at
 from workbench.studies import effort, expert_labels
@@ -163,9 +164,15 @@ class RunRegistry:
         runs = [self.run(name, exclude) for name in names]
         paths = [str(self._paths[name]) for name in names]
         lasting = all(run.status == "complete" for run in runs)
-        digest = "-".join(run.digest for run in runs)
+        digest = "-".join(run.content_digest for run in runs)
         more = {"options": options} if options else {}
         return partial(self.jobs.ask, study, paths, digest, exclude=exclude, lasting=lasting, **more)
+
+    def read_stored_studies(self, name: str) -> None:
+        """Read the results of the studies of a complete run that are stored."""
+        run = self.run(name)
+        for record in studies(runs=1):
+            self.jobs.read_stored(record.name, [str(self._paths[name])], run.digest)
 
     @property
     def served_model(self) -> str:
@@ -180,7 +187,7 @@ class RunRegistry:
         """Return a function that asks for the attention patterns of a sequence, without waiting for them."""
         run = self.run(name)
         path = str(self._paths[name])
-        return partial(self.jobs.attention, path, run.digest, self.model(name), sequence, layers)
+        return partial(self.jobs.attention, path, run.content_digest, self.model(name), sequence, layers)
 
     def put_label(self, name: str, examples: xr.Dataset, layer: int, expert: int, label: str) -> Path:
         """Write the label of an expert into the file beside the run, and return its path.
@@ -217,7 +224,7 @@ class RunRegistry:
                 return {}
             return {"cost": effort.cost(run, table, known), "gain": effort.gain(run, table, known)}
 
-        results: dict[str, xr.Dataset] = self._once(("costs", name, exclude), run.digest, make)
+        results: dict[str, xr.Dataset] = self._once(("costs", name, exclude), run.content_digest, make)
         return results
 
     def ask_costs(self, name: str, exclude: str = "") -> Callable[[], Answer]:
@@ -243,7 +250,7 @@ class RunRegistry:
         run = self.run(name, exclude)
         if not {"coactivation", "transition"} <= set(run.summaries):
             return None
-        pairs: xr.Dataset = self._once(("pairs", name, exclude), run.digest, lambda: together(run))
+        pairs: xr.Dataset = self._once(("pairs", name, exclude), run.content_digest, lambda: together(run))
         return pairs
 
     def _once(self, key: tuple[str, ...], digest: str, make: Callable[[], Any]) -> Any:

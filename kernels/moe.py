@@ -9,7 +9,7 @@ Cost for T tokens: 6 · T · k · d_model · d_mlp multiply-adds; 3 · d_model �
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -27,7 +27,7 @@ _LIGHT = 2**20  # values of an expert's matrix below which handing it to a threa
 # Up to these the compiled CPU kernels multiply by packed matrices without unpacking them: 32 tokens, or 256 (all slots
 # take about 100 MB) where an expert has 24 rows on average. Measured, one thread (Emerald Rapids without AMX), a
 # matrix of 5760 × 2880 and 8, 16, 24, 32 rows: 3.1, 5.8, 8.7 and 11.6 ms; unpacked for torch 5.4, 7.0, 8.8 and 10.3.
-# With AVX-512 more than 32 tokens take its tiles: 4, 9, 16, 24 rows 2.2, 3.3, 4.3 and 5.7 ms.
+# With AVX-512 more than 32 tokens take its tiles: 4, 9, 16, 24 rows 1.8, 2.3, 3.0 and 4.0 ms.
 _FEW_TOKENS, _SHORT, _FEW_ROWS = 32, 256, 24
 ActivationHook = Callable[[Tensor], Tensor]
 
@@ -105,12 +105,10 @@ def _few(experts: Tensor, weights: Experts) -> bool:
     return 0 < tokens <= (_SHORT if rows <= _FEW_ROWS else _FEW_TOKENS)
 
 
-def _launcher(products: ModuleType, slots: Any, x: Tensor, matrix: object) -> ModuleType:
-    """Return the module whose `expert_linear` multiplies these rows: that of few rows, or that of tiles."""
-    if len(slots.experts) <= _FEW_TOKENS or not isinstance(matrix, Mxfp4):
-        return products
-    tiles = cpu.many_rows(x, *matrix)
-    return tiles if tiles and tiles.covers_packed(*matrix) else products
+def _tiles(x: Tensor, matrix: object, bias: Tensor) -> ModuleType | None:
+    """Return `workbench.kernels.cpu.tiles` where it multiplies many rows x by these packed matrices."""
+    tiles = cpu.many_rows(x, *matrix, bias) if isinstance(matrix, Mxfp4) else None
+    return tiles if tiles and tiles.covers_packed(*matrix) else None  # type: ignore[misc]
 
 
 def _layer(
@@ -119,21 +117,27 @@ def _layer(
     """Compute `moe` in torch, but the matrix products by the compiled `products` where these are given."""
     k = experts.shape[1]
     slots = products.Slots(experts, len(weights.gate_up_bias)) if products else None
+    d_mlp = weights.gate_up_bias.shape[1] // 2
 
-    heavy = x.device.type == "cpu" and weights.gate_up_bias.shape[1] * x.shape[1] > _LIGHT
+    heavy = x.device.type == "cpu" and 2 * d_mlp * x.shape[1] > _LIGHT
     apart = heavy and not torch.is_grad_enabled() and torch.get_num_threads() > 1
 
-    def per_expert(stage: Callable[[int, Tensor], Tensor]) -> Tensor:
+    def per_expert(stage: Callable[[int, Tensor], Tensor], width: int) -> Tensor:
+        """Return [tokens slot width] from what `stage` makes of an expert and its slots."""
         order, counts = group(experts, weights.gate_up_bias.shape[0])
         hit = [(e, rows) for e, rows in enumerate(order.split(counts.tolist())) if len(rows)]
+        if apart and _tiles(x, weights.gate_up, weights.gate_up_bias):
+            result = x.new_empty(len(order), width)
+            parallel_map(lambda item: result.index_copy_(0, item[1], stage(*item)), hit)
+            return result.unflatten(0, (-1, k))
         parts = parallel_map(lambda item: stage(*item), hit) if apart else [stage(e, rows) for e, rows in hit]
         return torch.cat(parts)[order.argsort()].unflatten(0, (-1, k))
 
     def gate_up(e: int, rows: Tensor) -> Tensor:
-        return _linear(x[rows // k], weights.gate_up, e) + weights.gate_up_bias[e]
+        return _linear(x, rows // k, weights.gate_up, weights.gate_up_bias, e)
 
-    def down(e: int, post: Tensor) -> Tensor:
-        return _linear(post, weights.down, e) + weights.down_bias[e]
+    def down(e: int, post: Tensor, rows: Tensor | None = None) -> Tensor:
+        return _linear(post, rows, weights.down, weights.down_bias, e)
 
     def activation(gate: Tensor, up: Tensor) -> Tensor:
         copied = wide != gate.dtype and not torch.is_grad_enabled()
@@ -141,54 +145,67 @@ def _layer(
         return compute(gate.to(wide), up.to(wide), weights.limit, weights.alpha).to(x.dtype)
 
     def activated(e: int, rows: Tensor) -> Tensor:
-        h = gate_up(e, rows)
-        return activation(h[:, 0::2], h[:, 1::2])
+        return activated_pairs(gate_up(e, rows))
 
     def activated_pairs(pairs: Tensor) -> Tensor:
-        layer = cpu.few_rows(x, pairs) if pairs.shape[-1] % 64 == 0 else None
-        if layer is None:
-            return activation(apply_hook(taps.gate, pairs[..., 0::2]), apply_hook(taps.up, pairs[..., 1::2]))
-        if taps.gate or taps.up:
-            pairs = torch.stack(
-                [apply_hook(taps.gate, pairs[..., 0::2]), apply_hook(taps.up, pairs[..., 1::2])], -1
-            ).flatten(-2)
-        return layer.swiglu(pairs, weights.limit, weights.alpha)
+        gate, up = apply_hook(taps.gate, pairs[..., 0::2]), apply_hook(taps.up, pairs[..., 1::2])
+        steps = cpu.slot_steps((pairs, gate, up))
+        if steps and steps.covers(d_mlp):
+            pairs = torch.stack([gate, up], -1).flatten(-2) if taps.gate or taps.up else pairs
+            return steps.swiglu(pairs, weights.limit, weights.alpha)
+        return activation(gate, up)
 
     def apply_hook(tap: ActivationHook | None, slots: Tensor) -> Tensor:
         return slots if tap is None else tap(slots)
 
+    def launcher(rows: Tensor, matrix: object, bias: Tensor) -> ModuleType:
+        """Return the module whose `expert_linear` multiplies these rows: that of few rows, or that of tiles."""
+        return (len(x) > _FEW_TOKENS and _tiles(rows, matrix, bias)) or products
+
     wide = torch.promote_types(x.dtype, torch.float32)
     if products or taps.gate or taps.up:
         if products:
-            h = _launcher(products, slots, x, weights.gate_up).expert_linear(
-                x, weights.gate_up, weights.gate_up_bias, slots
-            )
+            matrix, bias = weights.gate_up, weights.gate_up_bias
+            h = launcher(x, matrix, bias).expert_linear(x, matrix, bias, slots)
         else:
-            h = per_expert(gate_up)
+            h = per_expert(gate_up, 2 * d_mlp)
         post = activated_pairs(h)
     elif taps.post:
-        post = per_expert(activated)
+        post = per_expert(activated, d_mlp)
     if products or taps.gate or taps.up or taps.post:
         post = apply_hook(taps.post, post).flatten(0, 1)
         if products and cpu.compiled(post) and products.covers_experts(post, weights.down):
-            launcher = _launcher(products, slots, post, weights.down)
-            out = launcher.expert_linear(post, weights.down, weights.down_bias, slots)
+            matrix, bias = weights.down, weights.down_bias
+            out = launcher(post, matrix, bias).expert_linear(post, matrix, bias, slots)
         else:  # a hook can have added a gradient
-            out = per_expert(lambda e, rows: down(e, post[rows]))
+            out = per_expert(lambda e, rows: down(e, post, rows), x.shape[1])
     else:
-        out = per_expert(lambda e, rows: down(e, activated(e, rows)))
+        out = per_expert(lambda e, rows: down(e, activated(e, rows)), x.shape[1])
     out = apply_hook(taps.out, out)
-    if x.shape[1] % 16 == 0 and (layer := cpu.few_rows(x, out, gates)):
-        return layer.combine(out, gates)
+    if (steps := cpu.slot_steps((x, out), gates)) and steps.covers(x.shape[1]):
+        return steps.combine(out, gates)
     return chunked(lambda y, g: torch.einsum("tsd,ts->td", y.to(wide), g.to(wide)).to(x.dtype), out, gates, dim=0)
 
 
 def _linear(
+    x: Float[Tensor, "rows inputs"],
+    rows: Int[Tensor, " number"] | None,
+    matrix: Mxfp4 | GgmlMxfp4 | LoraWeight | Tensor,
+    bias: Float[Tensor, "expert outputs"],
+    e: int,
+) -> Float[Tensor, "number outputs"]:
+    """Return these rows of x, all by default, times expert e's matrix, plus its bias."""
+    if tiles := _tiles(x, matrix, bias):
+        return tiles.packed_linear(x, matrix.at(e), bias[e], rows)
+    return _product(x if rows is None else x[rows], matrix, e) + bias[e]
+
+
+def _product(
     x: Float[Tensor, "rows inputs"], matrix: Mxfp4 | GgmlMxfp4 | LoraWeight | Tensor, e: int
 ) -> Float[Tensor, "rows outputs"]:
     """x times expert e's matrix."""
     if isinstance(matrix, GgmlMxfp4):
         return ggml.linear(x, matrix, e)
     if isinstance(matrix, LoraWeight):
-        return _linear(x, matrix.base, e) + x @ matrix.a[e].to(x.dtype) @ matrix.b[e].to(x.dtype)
+        return _product(x, matrix.base, e) + x @ matrix.a[e].to(x.dtype) @ matrix.b[e].to(x.dtype)
     return linear(x, matrix.at(e) if isinstance(matrix, Mxfp4) else matrix[e])

@@ -113,7 +113,7 @@ class _PackedLinear(torch.autograd.Function):
     def forward(ctx, x: Tensor, blocks: Tensor, scales: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(blocks, scales)
         if (tiles := cpu.many_rows(x, blocks, scales)) and tiles.covers_packed(blocks, scales):
-            return tiles.packed_linear(x, blocks, scales)
+            return tiles.packed_linear(x, Mxfp4(blocks, scales))
         out = x.new_empty(x.shape[0], blocks.shape[0])
         inputs = x.to(cpu.product_dtype(x))
         for start, rows in _row_chunks(blocks, scales, inputs.dtype):

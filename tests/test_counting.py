@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from workbench.counting import count_of
+from workbench.counting import count_of, plural_or_singular
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("workbench", "dashboards", "data")
@@ -58,3 +58,17 @@ def test_the_scan_finds_a_plural() -> None:
     assert plurals("print(f'{n} sentences')")
     assert plurals("print(f'{n:,} of {total} new transcripts are missing')")
     assert not plurals("print(f'{count_of(n, \"sentence\")} of {n} others')")
+
+
+@pytest.mark.parametrize(
+    ("number", "plural", "noun"),
+    [
+        (1, "units", "unit"),
+        (0, "units", "units"),
+        (2, "units", "units"),
+        (1, "passes", "pass"),
+        (1, "examples", "example"),
+    ],
+)
+def test_a_plural_is_the_singular_after_one(number: int, plural: str, noun: str) -> None:
+    assert plural_or_singular(number, plural) == noun

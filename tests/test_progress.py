@@ -20,4 +20,4 @@ def test_the_last_line_has_the_total_and_earlier_ones_wait(capsys: pytest.Captur
 def test_a_detail_takes_the_place_of_the_speed(capsys: pytest.CaptureFixture[str]) -> None:
     with progress("study", 1, "units", detail=lambda: "permutation 7 of 99") as advance:
         advance(1)
-    assert capsys.readouterr().err == "study: 1 of 1 units, permutation 7 of 99\n"
+    assert capsys.readouterr().err == "study: 1 of 1 unit, permutation 7 of 99\n"

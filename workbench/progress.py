@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from html import escape
 from typing import Any, Protocol
 
+from workbench.counting import plural_or_singular
 from workbench.notebook import notebook_display
 
 _NOTEBOOK_INTERVAL_S = 0.2  # between two updates of a bar in a notebook
@@ -65,7 +66,7 @@ class _NotebookBar:
         self._label, self._total, self._unit, self._speed = label, total, unit, speed
 
     def __repr__(self) -> str:
-        done = f"{self._speed.done:,} of {self._total:,} {self._unit}"
+        done = f"{self._speed.done:,} of {self._total:,} {plural_or_singular(self._total, self._unit)}"
         return f"{self._label}: {done}, {self._speed}{self._speed.left}"
 
     def _repr_html_(self) -> str:
@@ -105,7 +106,8 @@ def _lines(label: str, total: int, unit: str, detail: Callable[[], str] | None) 
         now = time.monotonic()
         if now - last > 10 or speed.done == total:
             last = now
-            print(f"{label}: {speed.done:,} of {total:,} {unit}, {speed}{speed.left}", file=sys.stderr, flush=True)
+            counted = f"{speed.done:,} of {total:,} {plural_or_singular(total, unit)}"
+            print(f"{label}: {counted}, {speed}{speed.left}", file=sys.stderr, flush=True)
 
     yield advance
 

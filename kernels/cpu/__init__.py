@@ -14,8 +14,8 @@ LLVM vectors through numba 25 on one thread, at which the memory is the limit.
 hook may read and change a value (`workbench.model.fused_block`). Besides what it saves in Python, it keeps torch's own
 threads asleep: after each parallel operation they wait actively for milliseconds, on the cores that these loops need.
 
-`tiles` multiplies many rows in float32 where the processor multiplies bfloat16 slowly and has AVX-512; elsewhere torch
-does it, with matrices that `products` unpacks or widens.
+`tiles` multiplies many rows where the processor multiplies bfloat16 slowly and has AVX-512; elsewhere torch does it,
+with matrices that `products` unpacks or widens. `slots` computes what lies between the products of the experts.
 
 The torch code in `workbench.kernels` remains the reference. It computes whatever is not covered here: gradients, other
 dtypes, inputs that are no multiple of 32, many rows, processors without AVX2 or NEON, tensors that torch.compile,
@@ -28,6 +28,7 @@ import functools
 import importlib
 import os
 import platform
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -110,6 +111,13 @@ def few_rows(x: Tensor, *tensors: Tensor | None) -> ModuleType | None:
     if not few or not compiled(x, *tensors):
         return None
     return importlib.import_module("workbench.kernels.cpu.layer")
+
+
+def slot_steps(rows: Sequence[Tensor], *others: Tensor) -> ModuleType | None:
+    """Return `workbench.kernels.cpu.slots` if these rows [... d] are bfloat16 and it can be applied to all tensors."""
+    if any(tensor.dtype != torch.bfloat16 for tensor in rows) or not compiled(*rows, *others):
+        return None
+    return importlib.import_module("workbench.kernels.cpu.slots")
 
 
 def _plain(tensor: Tensor) -> bool:

@@ -139,7 +139,7 @@ def _activate(piece, w, s):
     slot, start = piece // chunks, piece % chunks * COMBINE_CHUNK
     for position in range(start, min(start + COMBINE_CHUNK, w.d_mlp), 32):
         at = slot * w.d_mlp + position
-        swiglu_group(s.pairs + 8 * at, w.limit, w.alpha, s.post + 4 * at, s.halves)
+        swiglu_group(s.pairs + 8 * at, w.limit, w.alpha, s.post + 4 * at)
 
 
 @inline
@@ -167,8 +167,7 @@ def _combine(piece, w, s):
         else:
             add_weighted((total, source), gate, vectors, total)
     round_row((total,), np.float32(0), vectors, total)
-    if s.adds:
-        add((s.middle + at, total), np.float32(0), vectors, s.result + at)
+    add((s.middle + at, total), np.float32(0), vectors, s.result + at)
 
 
 @inline

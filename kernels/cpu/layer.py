@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from jaxtyping import BFloat16, Float, Float32, Int
+from jaxtyping import BFloat16, Float32, Int
 from torch import Tensor
 
 from workbench.kernels.cpu import threads
@@ -114,7 +114,7 @@ class _Memory:
         self.bytes = torch.empty(size, dtype=torch.uint8)
         self.addresses = np.zeros(len(VALUES) + len(GIVEN), np.int64)
         np.add(offsets, self.bytes.data_ptr(), out=self.addresses[: len(VALUES)])
-        for name, number in (("rows", rows), ("adds", 1), ("rotates", 1)):
+        for name, number in (("rows", rows), ("rotates", 1)):
             self.addresses[_INDEX[name]] = number
         self.initial, self.step = self.addresses.copy(), self.addresses.view(STEP)
         self.counters = np.zeros(Phase.END * COUNTER_BYTES // 8, np.int64)
@@ -275,27 +275,3 @@ def gate(
     step.give_tensors(logits=logits.contiguous(), choice=experts.contiguous(), gates=gates)
     step.run_to(Phase.GROUP)
     return gates
-
-
-def swiglu(pairs: Float[Tensor, "tokens slot 2*d_mlp"], limit: float, alpha: float) -> Tensor:
-    """Return the activation [tokens slot d_mlp] of gates and ups, which alternate; d_mlp is a multiple of 32."""
-    tokens, k, width = pairs.shape
-    post = torch.empty(tokens, k, width // 2)
-    step = LayerStep(_without_weights(_sizes(k=k, d_mlp=width // 2, limit=limit, alpha=alpha)), tokens, Phase.ACTIVATE)
-    step.give_tensors(pairs=pairs.float().contiguous(), post=post)
-    step.give(halves=1)
-    step.run_to(Phase.DOWN)
-    return post.to(pairs.dtype)
-
-
-def combine(
-    out: BFloat16[Tensor, "tokens slot d_model"], gates: Float[Tensor, "tokens slot"]
-) -> BFloat16[Tensor, "tokens d_model"]:
-    """Return the sum over the slots, times their gates; d_model is a multiple of 16."""
-    tokens, k, width = out.shape
-    total = torch.empty(tokens, width)
-    step = LayerStep(_without_weights(_sizes(k=k, d_model=width)), tokens, Phase.COMBINE)
-    step.give_tensors(slot_out=out.float().contiguous(), gates=gates.float().contiguous(), mlp_out=total)
-    step.give(adds=0)
-    step.run_to(Phase.END)
-    return total.to(out.dtype)

@@ -43,9 +43,7 @@ VALUES = (
     "attention_out", "middle", "expert_input", "expert_groups", "logits", "choice", "gates", "order", "hit", "ends",
     "hits", "pairs", "post", "slot_out", "mlp_out", "result",
 )  # fmt: skip
-GIVEN = (
-    "rows", "x", "keys", "values", "row_bytes", "key_bytes", "columns", "cos", "sin", "rotates", "halves", "adds",
-)  # fmt: skip
+GIVEN = ("rows", "x", "keys", "values", "row_bytes", "key_bytes", "columns", "cos", "sin", "rotates")
 STEP = np.dtype([(name, np.int64) for name in (*VALUES, *GIVEN)])
 
 COUNTER_BYTES = 128  # of a phase: two counters, in lines of memory of their own

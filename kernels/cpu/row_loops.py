@@ -183,18 +183,23 @@ def exponentials(typingctx, row, vectors, top):
     return types.float32(types.int64, types.int64, types.float32), generate
 
 
-@intrinsic
-def swiglu_group(typingctx, source, limit, alpha, result, halves):
-    """Write 32 activations from 32 neighbouring pairs of gate and up, rounded.
+def _swiglu(b: Builder, gate: Value, up: Value, limit: Value, alpha: Value) -> Value:
+    """Return gate · sigmoid(alpha · gate) · (up + 1): gate clamped from above, up on both sides; NaN stays NaN."""
+    one, lower = _repeat(_floats, 1.0), b.fneg(limit)
+    gate = b.select(b.fcmp_ordered(">", gate, limit), limit, gate)
+    up = b.select(b.fcmp_ordered(">", up, limit), limit, up)
+    up = b.select(b.fcmp_ordered("<", up, lower), lower, up)
+    sigmoid = b.fdiv(one, b.fadd(one, _exponential(b, b.fneg(b.fmul(alpha, gate)))))
+    return b.fmul(b.fmul(gate, sigmoid), b.fadd(up, one))
 
-    The result has the even positions before the odd ones, or with `halves` all in their order.
-    """
+
+@intrinsic
+def swiglu_group(typingctx, source, limit, alpha, result):
+    """Write 32 activations from 32 neighbouring pairs of gate and up, rounded, the even positions before the odd."""
 
     def generate(context, b, signature, arguments):
-        source, limit, alpha, result, halves = arguments
+        source, limit, alpha, result = arguments
         limit, alpha = _broadcast(b, limit), _broadcast(b, alpha)
-        one = _repeat(_floats, 1.0)
-        lower = b.fneg(limit)
 
         def lanes(start: int, step: int) -> Value:
             return ir.Constant(_ints, list(range(start, start + step * LANES, step)))
@@ -203,18 +208,12 @@ def swiglu_group(typingctx, source, limit, alpha, result, halves):
         for half in (0, 2 * _VECTOR):
             pairs = [_load(b, _floats, source, _int(half + at)) for at in (0, _VECTOR)]
             gate, up = (b.shuffle_vector(*pairs, lanes(start, 2)) for start in (0, 1))
-            gate = b.select(b.fcmp_ordered(">", gate, limit), limit, gate)
-            up = b.select(b.fcmp_ordered(">", up, limit), limit, up)
-            up = b.select(b.fcmp_ordered("<", up, lower), lower, up)
-            sigmoid = b.fdiv(one, b.fadd(one, _exponential(b, b.fneg(b.fmul(alpha, gate)))))
-            posts.append(_rounded(b, b.fmul(b.fmul(gate, sigmoid), b.fadd(up, one))))
-        ordered = b.icmp_unsigned("!=", halves, _int(0))
-        for half, start in enumerate((0, 1)):
-            apart = b.shuffle_vector(*posts, lanes(start, 2))
-            _store(b, b.select(ordered, posts[half], apart), result, _int(half * _VECTOR))
+            posts.append(_rounded(b, _swiglu(b, gate, up, limit, alpha)))
+        for start in (0, 1):
+            _store(b, b.shuffle_vector(*posts, lanes(start, 2)), result, _int(start * _VECTOR))
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.float32, types.float32, types.int64, types.int64), generate
+    return types.void(types.int64, types.float32, types.float32, types.int64), generate
 
 
 @intrinsic

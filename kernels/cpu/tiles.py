@@ -1,7 +1,8 @@
-"""Products of many bfloat16 rows with MXFP4 and bfloat16 matrices in float32: the launchers of `tile_loops`.
+"""Products of many bfloat16 rows with MXFP4 and bfloat16 matrices by tiles: the launchers of their loops.
 
-Sums are in float32, with the bias; what is returned is rounded once to bfloat16. A row's result does not depend on the
-other rows. As many threads take part as torch may use where it is called.
+bfloat16 matrices are multiplied in float32 (`dense_tile_loops`), those of MXFP4 in integers (`integer_tile_loops`).
+Sums over all inputs are in float32, with the bias; what is returned is rounded once to bfloat16. A row's result does
+not depend on the other rows. As many threads take part as torch may use where it is called.
 
 Reference: `workbench.kernels.dense.linear` and `workbench.kernels.mxfp4.linear`.
 Cost: unpacks a matrix once for each 512 rows, which takes as long as multiplying four rows.
@@ -11,26 +12,28 @@ import functools
 import threading
 
 import torch
-from jaxtyping import BFloat16, Float32, Int, UInt8
+from jaxtyping import BFloat16, Float32, Int
 from torch import Tensor
 
-from workbench.kernels.cpu import threads, tile_loops, vectors
+from workbench.kernels.cpu import dense_tile_loops, integer_tile_loops, threads, vectors
+from workbench.kernels.cpu.integer_tile_loops import GROUP_NUMBERS
 from workbench.kernels.cpu.products import Slots
-from workbench.kernels.cpu.tile_loops import JOB_ROWS, LEAST_ROWS, MOST_ROWS, OUTPUTS, THREAD_BYTES
+from workbench.kernels.cpu.tile_jobs import JOB_ROWS, LEAST_ROWS, MOST_ROWS, OUTPUTS
 from workbench.kernels.cpu.vectors import GROUP
 from workbench.kernels.mxfp4 import Mxfp4
 
 _BLOCK_COST = 1  # in rows: a block reads the tile once
 _JOB_ROWS = JOB_ROWS - MOST_ROWS  # blocks may have rows to spare
 
-_loops = functools.cache(tile_loops.compile_all)
+_dense = functools.cache(dense_tile_loops.compile_all)
+_integer = functools.cache(integer_tile_loops.compile_all)
 _own = threading.local()
 
 
 @functools.cache
 def available() -> bool:
     """Return whether this processor has the registers that the loops need."""
-    return vectors.instructions() == "AVX-512"
+    return vectors.instructions() == "AVX-512" and vectors.multiplies_words()
 
 
 def covers_dense(weight: Tensor) -> bool:
@@ -55,9 +58,14 @@ def dense_linear(
     for start in range(0, len(x), _JOB_ROWS):
         some, target = x[start : start + _JOB_ROWS], results[start : start + _JOB_ROWS]
         jobs = _jobs([(0, 0, len(some))])
-        inputs = _arranged(some, jobs, None, 1)
+        most = int(jobs[:, 3].max())
+        inputs = _job_memory(jobs, x.shape[1])
         threads.run(
-            _loops().multiply_dense, len(weight) // OUTPUTS, _thread_memory().data_ptr(), jobs.data_ptr(), len(jobs),
+            _dense().arrange, len(jobs) * most, jobs.data_ptr(), len(jobs), most, some.data_ptr(), x.shape[1],
+            inputs.data_ptr(),
+        )  # fmt: skip
+        threads.run(
+            _dense().multiply, len(weight) // OUTPUTS, _thread_memory().data_ptr(), jobs.data_ptr(), len(jobs),
             weight.data_ptr(), weight.shape[1], len(weight), inputs.data_ptr(), _address(bias), target.data_ptr(),
         )  # fmt: skip
     return results
@@ -65,15 +73,15 @@ def dense_linear(
 
 def packed_linear(
     x: BFloat16[Tensor, "rows inputs"],
-    blocks: UInt8[Tensor, "outputs group 16"],
-    scales: UInt8[Tensor, "outputs group"],
-) -> BFloat16[Tensor, "rows outputs"]:
-    """Return x times the transposed packed matrix."""
-    x = x.contiguous()
-    results = x.new_empty(len(x), len(blocks))
-    for start in range(0, len(x), _JOB_ROWS):
-        some, target = x[start : start + _JOB_ROWS], results[start : start + _JOB_ROWS]
-        _multiply_packed(some, Mxfp4(blocks, scales), None, _jobs([(0, 0, len(some))]), None, 1, target)
+    weight: Mxfp4,
+    bias: BFloat16[Tensor, " outputs"] | None = None,
+    rows: Int[Tensor, " number"] | None = None,
+) -> BFloat16[Tensor, "number outputs"]:
+    """Return these rows of x, all by default, times the transposed packed matrix, plus the bias."""
+    number = len(x) if rows is None else len(rows)
+    results = x.new_empty(number, weight.scales.shape[0])
+    jobs = _jobs([(0, start, min(_JOB_ROWS, number - start)) for start in range(0, number, _JOB_ROWS)])
+    _multiply_packed(x.contiguous(), weight, bias, jobs, rows, None, results)
     return results
 
 
@@ -91,43 +99,47 @@ def expert_linear(
         ]
     )
     results = x.new_empty(*slots.experts.shape, weight.scales.shape[-2])
-    shared = slots.experts.numel() // len(x)
-    _multiply_packed(x.contiguous(), weight, bias, jobs, slots.order, shared, results)
+    sources = slots.order // (slots.experts.numel() // len(x))
+    _multiply_packed(x.contiguous(), weight, bias, jobs, sources, slots.order, results)
     return results
 
 
 def _multiply_packed(
-    x: Tensor, weight: Mxfp4, bias: Tensor | None, jobs: Tensor, order: Tensor | None, shared: int, results: Tensor
+    x: Tensor,
+    weight: Mxfp4,
+    bias: Tensor | None,
+    jobs: Tensor,
+    sources: Tensor | None,
+    targets: Tensor | None,
+    results: Tensor,
 ) -> None:
     """Write the products of jobs [job field] with their matrices into the results [... outputs]."""
     outputs, groups = weight.scales.shape[-2:]
-    inputs = _arranged(x, jobs, order, shared)
+    most = int(jobs[:, 3].max())
+    inputs = _job_memory(jobs, groups * GROUP_NUMBERS)
     threads.run(
-        _loops().multiply_packed, len(jobs) * (outputs // OUTPUTS), _thread_memory().data_ptr(), jobs.data_ptr(),
-        len(jobs), _address(order), weight.blocks.data_ptr(), weight.scales.data_ptr(), groups, outputs,
-        inputs.data_ptr(), _address(bias), results.data_ptr(),
+        _integer().arrange, len(jobs) * most, jobs.data_ptr(), len(jobs), most, _address(sources), x.data_ptr(),
+        groups, inputs.data_ptr(),
+    )  # fmt: skip
+    threads.run(
+        _integer().multiply, len(jobs) * (outputs // OUTPUTS), _thread_memory().data_ptr(), jobs.data_ptr(), len(jobs),
+        _address(targets), weight.blocks.data_ptr(), weight.scales.data_ptr(), groups, outputs, inputs.data_ptr(),
+        _address(bias), results.data_ptr(),
     )  # fmt: skip
 
 
-def _arranged(
-    x: BFloat16[Tensor, "rows inputs"], jobs: Int[Tensor, "job field"], order: Tensor | None, shared: int
-) -> Float32[Tensor, " values"]:
-    """Return the rows of all jobs in the order of the loops, in memory of this thread that the next call overwrites."""
-    width, most = x.shape[1], int(jobs[:, 3].max())
-    size = width * int((jobs[:, 3] * jobs[:, 4]).sum())
+def _job_memory(jobs: Int[Tensor, "job field"], row_numbers: int) -> Float32[Tensor, " numbers"]:
+    """Return memory of this thread for the rows of all jobs, of 32-bit numbers; the next call gives the same again."""
+    size = row_numbers * int((jobs[:, 3] * jobs[:, 4]).sum())
     if getattr(_own, "inputs", None) is None or len(_own.inputs) < size:
         _own.inputs = torch.empty(size)
-    threads.run(
-        _loops().arrange, len(jobs) * most, jobs.data_ptr(), len(jobs), most, _address(order), shared, x.data_ptr(),
-        width, _own.inputs.data_ptr(),
-    )  # fmt: skip
     inputs: Tensor = _own.inputs
     return inputs
 
 
 def _thread_memory() -> Tensor:
     """Return memory for the tiles and sums of every thread, aligned to 64 bytes, after a counter of 0."""
-    size = 64 + torch.get_num_threads() * THREAD_BYTES
+    size = 64 + torch.get_num_threads() * max(dense_tile_loops.THREAD_BYTES, integer_tile_loops.THREAD_BYTES)
     if getattr(_own, "memory", None) is None or len(_own.memory) < size + 64:
         _own.memory = torch.empty(size + 64, dtype=torch.uint8)
     memory: Tensor = _own.memory[-_own.memory.data_ptr() % 64 :]

@@ -127,6 +127,11 @@ def _processor() -> tuple[str, str, str]:
     return cpu_target.target_context.codegen().magic_tuple()
 
 
+def multiplies_words() -> bool:
+    """Return whether this processor multiplies vectors of 32 integers of 16 bits: with AVX-512's part BW."""
+    return "+avx512bw" in _processor()[2].split(",")
+
+
 def multiplies_bfloat16() -> bool:
     """Return whether this processor multiplies matrices of bfloat16 faster than matrices of float32.
 

@@ -14,6 +14,7 @@ import pytest
 from tests.cli.running import run_command
 from tests.conftest import DATA
 from workbench import cli, registry
+from workbench.errors import JobError
 from workbench.figures import paper
 
 
@@ -182,3 +183,25 @@ def test_threads_that_wait_sleep_soon_unless_the_user_sets_another_policy(
     assert os.environ.get("GOMP_SPINCOUNT") == expected
     code = "import sys; from workbench.cli import main; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "is_memory"),
+    [
+        (ImportError("libtorch_cpu.so: failed to map segment from shared object"), True),
+        (MemoryError(), True),
+        (ImportError("cannot import name 'x' from 'y'"), False),  # negative control: no other import error is memory
+    ],
+)
+def test_a_library_that_does_not_fit_in_memory_is_named_as_such(
+    error: Exception, is_memory: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("workbench.cli.app", start)
+    with pytest.raises(JobError if is_memory else ImportError) as raised:
+        cli._run()
+    if is_memory:
+        assert str(raised.value).startswith("not enough memory: use smaller numbers, or another machine")
+        assert "()" not in str(raised.value)

@@ -26,3 +26,12 @@ def test_a_damaged_run_is_named_as_the_cause_of_an_unexpected_error(tmp_path: Pa
         command(str(run), error=KeyError)
     with pytest.raises(InputError, match=r"^cannot read$"):
         command(str(run), error=InputError)
+
+
+def test_a_run_that_is_not_written_yet_is_no_damaged_one(tmp_path: Path) -> None:
+    with pytest.raises(KeyError, match="cannot read"):
+        command(str(tmp_path / "new.zarr"), error=KeyError)
+    (tmp_path / "new.zarr").mkdir()
+    (tmp_path / "new.zarr" / "zarr.json").write_text("{}")
+    with pytest.raises(DamageError):  # negative control: what is there is verified
+        command(str(tmp_path / "new.zarr"), error=KeyError)

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,15 +15,6 @@ from tests.serving import free_port, wait_for
 playwright = pytest.importorskip("playwright.sync_api")
 from playwright.sync_api import Browser, Error, Frame, Page, expect  # noqa: E402
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
 expect.set_options(timeout=300_000)  # five seconds, the default, are too few on a busy machine
 SCREENSHOTS = Path(__file__).parents[2] / "screenshots"
 

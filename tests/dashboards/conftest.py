@@ -4,17 +4,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import sync_playwright
 
-from tests.dashboards.browsing import CHROMIUM, FLAGS, Browser, serve, stop
+from tests.browser import launched
+from tests.dashboards.browsing import Browser, serve, stop
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    if CHROMIUM is None:
-        pytest.fail("no Chromium: apt-get install chromium")
-    with sync_playwright() as p:
-        yield p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    with launched() as chromium:
+        yield chromium
 
 
 @pytest.fixture(autouse=True)

@@ -72,3 +72,26 @@ def test_a_call_alone_without_marks_is_no_answer(channel: str) -> None:
 
 def test_many_tags_are_read_in_linear_time() -> None:
     assert len(pairs("<think>a</think>" * 20_000 + "b")) == 20_001
+
+
+NESTED = {
+    "<think>a<think>b</think>c</think>d": [("analysis", "a<think>b</think>c"), ("final", "d")],
+    "<think>the tag <think> opens</think>d": [("analysis", "the tag <think> opens"), ("final", "d")],
+    "<think>a</think>b</think>c": [("analysis", "a"), ("final", "b</think>c")],
+    "a</think>b</think>c": [("analysis", "a"), ("final", "b</think>c")],
+    "First. <think>a</think>b": [("final", "First. <think>a</think>b")],
+}
+
+
+@pytest.mark.parametrize("text", list(NESTED))
+def test_tags_that_can_be_read_in_two_ways_are_irregular(text: str) -> None:
+    assert (pairs(text), read_output(text).irregular) == (NESTED[text], True)
+
+
+@pytest.mark.parametrize("text", ["<think>a</think>b<think>c</think>d", "a</think>b", "<think>a", "Write </thinking."])
+def test_tags_that_follow_each_other_are_regular(text: str) -> None:
+    assert not read_output(text).irregular
+
+
+def test_many_tags_that_are_never_closed_are_read_in_linear_time() -> None:
+    assert read_output("<think><think></think>" * 20_000).irregular

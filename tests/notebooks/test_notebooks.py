@@ -17,8 +17,16 @@ ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # Notebook → a text of its cells → what stands there in a test without --long: the same cells with fewer sequences.
 LESS_WORK = {
-    "causal": {"sequences=60": "sequences=30"},
-    "methods": {"sequences=60, conversations=3": "sequences=15, conversations=1"},
+    "causal": {
+        "(name, model, run, sequences=60": "(name, model, run, sequences=15",
+        '"chain-of-thought", model, run, sequences=60': '"chain-of-thought", model, run, sequences=15',
+        '"steer", model, run, sequences=60': '"steer", model, run, sequences=30',
+    },
+    "methods": {
+        "sequences=60, conversations=3": "sequences=15, conversations=1",
+        'in rows if row.effort == "low"]': 'in rows if row.effort == "low"][:8]',
+        'sequences=30, by="channel"': 'sequences=6, by="channel"',
+    },
     "experts": {
         '["task"] == task][:8]': '["task"] == task][:2]',
         "sums[::3]": "sums",

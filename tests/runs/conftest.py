@@ -112,13 +112,24 @@ def write_run(
 def make_older(path: Path) -> Path:
     """The run as schema 2 has it, without manifests: its values can only be checked against each other."""
     shutil.rmtree(path / "manifest")
-    zarr.open_group(str(path)).attrs["schema"] = 2
+    attributes = zarr.open_group(str(path)).attrs
+    attributes["schema"] = 2
+    del attributes["digest"]
+    return path
+
+
+@pytest.fixture(scope="session")
+def written_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, written once; read only, as every test gets a copy of its own as `run_path`."""
+    path = tmp_path_factory.mktemp("written") / "run.zarr"
+    write_run(path)
     return path
 
 
 @pytest.fixture
-def run_path(tmp_path: Path) -> Path:
-    write_run(tmp_path / "run.zarr")
+def run_path(written_run: Path, tmp_path: Path) -> Path:
+    """A finished run that the test may change."""
+    shutil.copytree(written_run, tmp_path / "run.zarr")
     return tmp_path / "run.zarr"
 
 

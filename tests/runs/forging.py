@@ -40,7 +40,9 @@ def make_schema_2(run: Path) -> None:
     for path in (run / "manifest").iterdir():
         path.unlink()
     (run / "manifest").rmdir()
-    zarr.open_group(str(run)).attrs["schema"] = 2
+    attributes = zarr.open_group(str(run)).attrs
+    attributes["schema"] = 2
+    del attributes["digest"]
 
 
 def write_hostile_run(path: Path, text: str) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
@@ -252,3 +252,26 @@ def test_what_cannot_be_reached_is_one_line(url: str, message: str) -> None:
         with pytest.raises(InputError, match=message) as raised:
             opener(url)
         assert "\n" not in str(raised.value)
+
+
+class NoCredentialsError(Exception):
+    """An error of a client's own, as botocore's: neither an OSError nor a ValueError."""
+
+
+@pytest.mark.parametrize("check", [verify, open_run])
+def test_a_storage_that_cannot_be_opened_is_no_damaged_run(
+    check: Callable[[str], object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_run("memory://credentials/run", lengths=(700,))  # type: ignore[arg-type]
+    check("memory://credentials/run")  # negative control: with access the run is read
+
+    def refuse(*_: object, **__: object) -> bool:
+        raise NoCredentialsError("Unable to locate credentials")
+
+    monkeypatch.setattr(fsspec.filesystem("memory"), "exists", refuse)
+    if check is open_run:
+        with pytest.raises(InputError, match="cannot be opened: Unable to locate credentials; credentials and"):
+            open_run("memory://credentials/run")
+    else:
+        (problem,) = verify("memory://credentials/run")
+        assert "damaged" not in problem.what

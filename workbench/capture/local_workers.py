@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from multiprocessing import resource_tracker
 from typing import Any
 
@@ -41,6 +42,8 @@ def local_workers(count: int, *, resources: Mapping[str, int], check: Callable[[
         # TLS with a certificate of this job: other users of the machine reach the port, but are not admitted
         security = Security.temporary()
     except ImportError as error:
+        if find_spec("cryptography"):  # it is installed and cannot be loaded, as without memory
+            raise
         raise InputError("several workers need cryptography: pip install 'gpt-oss-workbench[cluster]'") from error
     with isolated_children(), ThreadPoolExecutor(1) as executor:
         before = {process.pid for process in multiprocessing.active_children()}

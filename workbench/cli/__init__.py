@@ -3,9 +3,11 @@
 Exit codes: 0 done, 1 the job failed, 2 wrong usage or refused input.
 """
 
+import functools
 import io
 import os
 import sys
+import warnings
 from contextlib import suppress
 from typing import Annotated, Any, NoReturn
 
@@ -56,8 +58,18 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a locale without a character shows its escape
             stream.reconfigure(errors="backslashreplace")
+    show = warnings.showwarning
+    warnings.showwarning = functools.partial(_show_warning, show)
     with visible_controls():
         _run_and_exit()
+
+
+def _show_warning(show: Any, message: Any, category: type[Warning], *where: Any, **options: Any) -> None:
+    """Print a warning of the workbench itself as one line; show those of other packages by `show`."""
+    if category.__module__.startswith("workbench."):
+        print(f"workbench: {visible(' '.join(str(message).split()))}", file=sys.stderr)
+    else:
+        show(message, category, *where, **options)
 
 
 def _run_and_exit() -> NoReturn:
@@ -109,10 +121,11 @@ def _run() -> int:
         if isinstance(ended.__context__, BrokenPipeError):  # typer itself ends at a closed pipe, with 1
             raise ended.__context__ from None
         raise
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not _lacks_memory(error):
+    except (MemoryError, RuntimeError, ImportError) as error:
+        if isinstance(error, JobError) or not (isinstance(error, MemoryError) or _lacks_memory(error)):
             raise
-        raise JobError(f"not enough memory: use smaller numbers, or another machine ({error})") from error
+        reason = f" ({error})" if str(error) else ""
+        raise JobError(f"not enough memory: use smaller numbers, or another machine{reason}") from error
     if code == _INTERRUPT_CODE:  # typer returns it for Ctrl-C and shows nothing
         raise KeyboardInterrupt
     if sys.stdout is not None:
@@ -120,9 +133,10 @@ def _run() -> int:
     return code if isinstance(code, int) else 0
 
 
-def _lacks_memory(error: RuntimeError) -> bool:
-    """Return whether torch could not allocate memory, of the machine or of a GPU."""
-    return type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
+def _lacks_memory(error: Exception) -> bool:
+    """Return whether torch could not allocate memory, of the machine or of a GPU, or a library could not be loaded."""
+    texts = ("allocate memory", "failed to map segment", "can't start new thread")
+    return type(error).__name__ == "OutOfMemoryError" or any(text in str(error) for text in texts)
 
 
 def _fail(message: str, code: int) -> NoReturn:

@@ -25,7 +25,7 @@ def names_damage(command: _Command) -> _Command:
     def wrapped(*args: Any, **options: Any) -> Any:
         try:
             return command(*args, **options)
-        except (InputError, JobError, OSError, typer.Exit, typer.Abort, ImportError):
+        except (InputError, JobError, OSError, typer.Exit, typer.Abort, ImportError, MemoryError):
             raise
         except Exception as error:
             _raise_damage(signature.bind(*args, **options).arguments, error)
@@ -43,10 +43,17 @@ def _raise_damage(arguments: dict[str, Any], error: Exception) -> None:
     from workbench.runs.manifest import DamageError
     from workbench.runs.verify import verify
 
-    for path in _runs(arguments):
+    for path in filter(_exists, _runs(arguments)):
         for problem in verify(path)[:1]:
             what = problem.what if problem.where == path else f"{problem.where}: {problem.what}"
             raise DamageError(path, what) from error
+
+
+def _exists(path: str) -> bool:
+    """Return whether there is a run, which a capture has not written before it failed."""
+    from workbench.runs.storage import storage_at
+
+    return storage_at(path).exists()
 
 
 def _runs(arguments: dict[str, Any]) -> Iterator[str]:

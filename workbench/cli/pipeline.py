@@ -301,28 +301,41 @@ def verify(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Units checked in parallel. [default: the cores, at most 8]")
     ] = None,
+    add_checksums: Annotated[
+        bool,
+        typer.Option("--add-checksums", help="Add checksums to a run of schema 1 or 2 that has none, if it is valid."),
+    ] = False,
 ) -> None:
     """Validate a run and list damaged arrays; exit with 1 if there are any."""
     from workbench.harmony.flags import counted_in
-    from workbench.runs import open_run
+    from workbench.runs import checksums
+    from workbench.runs.group import open_group
+    from workbench.runs.reader import Run
     from workbench.runs.storage import storage_at
     from workbench.runs.verify import other_content
     from workbench.runs.verify import verify as check
 
     if not storage_at(run).exists():
         raise InputError(f"{run} does not exist: give the folder of a run")
+    if add_checksums:
+        print(f"{run}: checksums of {count_of(checksums.add_checksums(run), 'file')} added")
     problems = check(run, workers=workers)
     for problem in problems:
         print(f"{problem.where}: {problem.what}")
     if problems:
         print(f"{run}: {count_of(len(problems), 'problem')}")
         raise typer.Exit(1)
-    opened = open_run(run)
+    opened = Run(storage_at(run), open_group(storage_at(run)))
     done, total = opened.progress
     unfinished = (
         f", but not finished: {done} of {count_of(total, 'unit')}; rerun the capture to resume" if done < total else ""
     )
     print(f"{run}: valid{unfinished}")
+    if opened.manifest is None:
+        print(
+            f"{run}: no checksums (schema {opened.attrs['schema']}), only values that depend on each other were "
+            "compared; add them with --add-checksums"
+        )
     if flags := counted_in(opened.sequences):
         print(f"{run}: {flags}")
     if others := other_content(opened):

@@ -14,7 +14,14 @@ from workbench.bounded_json import parse_json
 from workbench.errors import InputError
 from workbench.harmony.labels import ROLES
 from workbench.harmony.marked_text import read_output
+from workbench.harmony.message_fields import left_out_fields
 from workbench.harmony.messages import check_messages, shown
+from workbench.harmony.reasoning import (
+    DifferentReasoningError,
+    check_same,
+    reasoning_beside,
+    reasoning_text,
+)
 
 _ROLES = {
     "human": "user",
@@ -28,61 +35,6 @@ _ROLES = {
     "function_response": "tool",
     "tool_response": "tool",
 }
-_REASONING_FIELDS = ("thinking", "reasoning_content", "reasoning", "reasoning_details")
-_USED = {
-    "role",
-    "content",
-    "channel",
-    "recipient",
-    "content_type",
-    "name",
-    "raw",
-    "tool_calls",
-    "tool_call_id",
-    "function",
-    "function_call",
-    "tool_name",
-    "refusal",
-    "from",
-    "value",
-    *_REASONING_FIELDS,
-}
-# Fields about a message, not of it: they are not part of any prompt.
-_ABOUT = {
-    "id",
-    "type",
-    "status",
-    "object",
-    "created",
-    "created_at",
-    "timestamp",
-    "model",
-    "source",
-    "metadata",
-    "meta",
-    "annotations",
-    "audio",
-    "weight",
-    "finish_reason",
-    "stop_reason",
-    "done_reason",
-    "logprobs",
-    "index",
-    "usage",
-    "error",
-    "parse_error",
-    "view",
-    "format",
-    "phase",
-    "token_ids",
-    "response_metadata",
-    "additional_kwargs",
-    "train",
-    "function_call_id",
-    "call_id",
-    "images",
-    "end_turn",
-}
 _TEXT_PARTS = ("text", "input_text", "output_text")
 _REASONING_PARTS = ("reasoning", "thinking", "reasoning_text", "summary_text", "redacted_thinking")
 _IMAGE_PARTS = ("image_url", "input_image", "image", "video", "video_url", "input_video")
@@ -95,6 +47,7 @@ class ChatMessages:
 
     images: how many were left out. left_out: fields that have no place in a prompt. summary: whether some reasoning is
     a summary of the model's own. complete: False where the output shows that it was cut off, None if nothing is known.
+    irregular: whether tags of the reasoning are nested or left over.
     """
 
     messages: list[dict[str, Any]] = field(default_factory=list)
@@ -102,6 +55,7 @@ class ChatMessages:
     left_out: list[str] = field(default_factory=list)
     summary: bool = False
     complete: bool | None = None
+    irregular: bool = False
 
 
 @dataclass
@@ -135,7 +89,7 @@ def from_chat_messages(
     for i, message in enumerate(messages, 1):
         try:
             reader.read(message, truncated=truncated and i == len(messages), following=messages[i : i + 1])
-        except _MessageError as error:
+        except (_MessageError, DifferentReasoningError) as error:
             raise InputError(f"message {i}: {error}") from error
     check_messages(reader.result.messages)
     return reader.result
@@ -170,7 +124,7 @@ class _Reader:
             raise _MessageError(
                 f"unknown role {shown(role)}; choose from {', '.join(ROLES)}, a tool's own name is its name"
             )
-        self._note_fields(message)
+        self._note_fields(message, role)
         if message.get("raw") is not None:
             self.result.messages.append(
                 {k: v for k, v in message.items() if k in (*_OWN_FIELDS, "raw") and v is not None}
@@ -182,12 +136,8 @@ class _Reader:
         else:
             self._given(role, message)
 
-    def _note_fields(self, message: Mapping[str, Any]) -> None:
-        self.result.left_out += [
-            f"the field {shown(name)} of a message"
-            for name, value in message.items()
-            if name not in _USED and name not in _ABOUT and value not in (None, "", [], {})
-        ]
+    def _note_fields(self, message: Mapping[str, Any], role: str) -> None:
+        self.result.left_out += left_out_fields(message, role)
         images = message.get("images")  # Ollama's
         self.result.images += len(images) if isinstance(images, list) else 0
 
@@ -252,12 +202,20 @@ class _Reader:
         return name if "." in name or name in self._builtin else f"functions.{name}"
 
     def _assistant(self, message: Mapping[str, Any], truncated: bool, following: Sequence[Any]) -> None:
-        segments = [*self._reasoning(message), *self._content(message, truncated)]
+        reasoning, content = self._reasoning(message), self._content(message, truncated)
+        own = "".join(text for text in map(_analysis_of, content) if text)
+        if reasoning and own:  # hosts give the same reasoning twice: beside the content and within it
+            check_same("reasoning beside its content", reasoning[0].content, "reasoning within it", own)
+            reasoning = []
+        segments = [*reasoning, *content]
         calls = message.get("tool_calls") or []
-        if isinstance(message.get("function_call"), Mapping):
-            calls = [*calls, {"function": message["function_call"]}]
         if not isinstance(calls, Sequence) or isinstance(calls, str):
             raise _MessageError(f"tool_calls is {shown(calls)}; expected a list of calls")
+        old_form = message.get("function_call")
+        if isinstance(old_form, Mapping) and not any(
+            isinstance(c, Mapping) and c.get("function") == old_form for c in calls
+        ):
+            calls = [*calls, {"function": old_form}]
         segments += [_Segment("call", "", self._call(call)) for call in calls]
         self._append(segments, message)
 
@@ -282,12 +240,10 @@ class _Reader:
                 self._remember("", _Call(fields["recipient"], fields.get("channel", channel)))
 
     def _reasoning(self, message: Mapping[str, Any]) -> list[_Segment]:
-        for name in _REASONING_FIELDS:
-            text, summary = _reasoning_text(message.get(name))
-            if text:
-                self.result.summary |= summary
-                return [_Segment("analysis", text)]
-        return []
+        """The reasoning beside the content."""
+        text, summary = reasoning_beside(message)
+        self.result.summary |= summary
+        return [_Segment("analysis", text)] if text else []
 
     def _content(self, message: Mapping[str, Any], truncated: bool) -> list[_Segment]:
         content, refusal = message.get("content"), message.get("refusal")
@@ -298,15 +254,18 @@ class _Reader:
         if content is None and other:
             return []
         if isinstance(content, str):
-            if content and self._split and not has_reasoning and message.get("channel") is None:
-                return self._split_text(content, truncated)
+            if content and self._split and message.get("channel") is None:
+                return self._split_text(content, truncated, has_reasoning)
             return [_Segment("text", content)]
         if not isinstance(content, list):
             raise _MessageError(f"its content is {shown(content)}; expected text")
         return [segment for part in content for segment in self._part(part)]
 
-    def _split_text(self, content: str, truncated: bool) -> list[_Segment]:
+    def _split_text(self, content: str, truncated: bool, has_reasoning: bool) -> list[_Segment]:
         output = read_output(content, truncated=truncated)
+        if has_reasoning and not any(m.get("channel") == "analysis" for m in output.messages):
+            return [_Segment("text", content)]
+        self.result.irregular |= output.irregular
         if output.complete is not None:
             self.result.complete = output.complete
         if len(output.messages) == 1 and output.messages[0] == _final(content):
@@ -322,7 +281,7 @@ class _Reader:
         if kind == "refusal" and isinstance(part.get("refusal"), str):
             return [_Segment("text", part["refusal"])]
         if kind in _REASONING_PARTS:
-            text, summary = _reasoning_text([part])
+            text, summary = reasoning_text([part])
             self.result.summary |= summary
             return [_Segment("analysis", text)] if text else []
         if kind in ("tool_use", "tool_call", "function_call"):
@@ -376,9 +335,9 @@ class _Reader:
         """An item of Responses that is not a message."""
         kind = item["type"]
         if kind == "reasoning":
-            text, summary = _reasoning_text(item.get("content"))
+            text, summary = reasoning_text(item.get("content"))
             if not text:
-                text, summary = _reasoning_text(item.get("summary"))[0], True
+                text, summary = reasoning_text(item.get("summary"))[0], True
             if text:
                 self.result.summary |= summary
                 self.result.messages.append({"role": "assistant", "channel": "analysis", "content": text})
@@ -414,6 +373,18 @@ def _final(text: str) -> dict[str, Any]:
     return {"role": "assistant", "channel": "final", "content": text}
 
 
+def _function_of(call: Any) -> dict[str, Any]:
+    return {"function": call.get("function") if isinstance(call, Mapping) else None}
+
+
+def _analysis_of(segment: _Segment) -> str:
+    """The reasoning in a segment of the content; "" if it is something else."""
+    if segment.kind == "analysis":
+        return segment.content
+    is_analysis = segment.message.get("channel") == "analysis" and not segment.message.get("recipient")
+    return str(segment.message.get("content") or "") if is_analysis else ""
+
+
 def _has_own(message: Mapping[str, Any], segment: _Segment) -> bool:
     """Whether an empty text stands for a message of its own: one with a channel that nothing else of it fills."""
     return segment.kind == "text" and message.get("channel") is not None and not message.get("tool_calls")
@@ -428,22 +399,3 @@ def _joined(segments: list[_Segment]) -> list[_Segment]:
         else:
             joined.append(segment)
     return joined
-
-
-def _reasoning_text(value: Any) -> tuple[str, bool]:
-    """The reasoning in a field or a part, and whether it is a summary. What is encrypted or redacted is left out."""
-    if isinstance(value, str):
-        return value, False
-    if isinstance(value, Mapping):
-        kind = str(value.get("type", ""))
-        hidden = value.get("redacted") or kind in ("reasoning.encrypted", "redacted_thinking")
-        if not hidden:
-            for name in ("text", "reasoning", "thinking", "content"):
-                text, summary = _reasoning_text(value.get(name))
-                if text:
-                    return text, summary or kind in ("summary_text", "reasoning.summary")
-        return _reasoning_text(value.get("summary"))[0], True
-    if isinstance(value, Sequence):
-        parts = [_reasoning_text(item) for item in value]
-        return "".join(text for text, _ in parts), any(summary for text, summary in parts if text)
-    return "", False

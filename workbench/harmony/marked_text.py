@@ -23,10 +23,15 @@ _CALL = re.compile(r"(?:analysis|commentary) to=[\w.]+")  # a header whose marks
 
 @dataclass(frozen=True)
 class Output:
-    """Messages in a text. complete: False if the text shows that it was cut off, True if it ends with a stop token."""
+    """Messages in a text.
+
+    complete: False if the text shows that it was cut off, True if it ends with a stop token. irregular: whether its
+    `<think>` tags are nested, left over or after other text, so that they may also be read in another way.
+    """
 
     messages: list[dict[str, Any]]
     complete: bool | None = None
+    irregular: bool = False
 
 
 def read_output(text: str, *, truncated: bool = False, vocabulary: Tokenizer | None = None) -> Output:
@@ -37,7 +42,8 @@ def read_output(text: str, *, truncated: bool = False, vocabulary: Tokenizer | N
         return Output(stripped)
     if (tagged := _tagged(text)) is not None:
         return tagged
-    return Output([{"role": "assistant", "channel": "final", "content": text}])
+    has_tags = any(f"<{tag}>" in text and f"</{tag}>" in text for tag in _TAGS)  # quoted, or after a preamble
+    return Output([{"role": "assistant", "channel": "final", "content": text}], irregular=has_tags)
 
 
 def is_marked(text: str) -> bool:
@@ -115,7 +121,7 @@ def _tagged(text: str) -> Output | None:
     """Messages of a text with its reasoning in `<think>` tags.
 
     A tag that is never closed holds reasoning that was cut off; where only the closing tag is there, the opening one
-    was part of the prompt.
+    was part of the prompt. Tags within tags belong to the reasoning, and the output is irregular.
     """
     for tag in _TAGS:
         opening, closing = f"<{tag}>", f"</{tag}>"
@@ -129,17 +135,33 @@ def _between_tags(text: str, opening: str, closing: str) -> Output:
     messages: list[dict[str, Any]] = []
     complete: bool | None = None
     text = text if text.startswith(opening) else opening + text
+    pairs = _pairs(text, opening, closing)
+    irregular = False
     at = 0
     while text.startswith(opening, at):  # by position: copies of the rest would make this quadratic
         begin = at + len(opening)
-        end = text.find(closing, begin)
+        end = pairs[at] if at in pairs else text.find(closing, begin)
         complete = None if end >= 0 else False
         analysis = text[begin : end if end >= 0 else len(text)]
         messages.append({"role": "assistant", "channel": "analysis", "content": analysis.strip("\n")})
         after_end = end + len(closing) if end >= 0 else len(text)
         again = text.find(opening, after_end)
         at = again if again >= 0 else len(text)
-        if (answer := text[after_end:at]).strip():
+        answer = text[after_end:at]
+        irregular |= opening in analysis or closing in answer
+        if answer.strip():
             channel = "commentary" if again >= 0 else "final"
             messages.append({"role": "assistant", "channel": channel, "content": answer.strip("\n")})
-    return Output([m for m in messages if m["content"] or m["channel"] == "final"], complete)
+    return Output([m for m in messages if m["content"] or m["channel"] == "final"], complete, irregular)
+
+
+def _pairs(text: str, opening: str, closing: str) -> dict[int, int]:
+    """Return position of an opening tag → position of the tag that closes it, tags within it being closed before."""
+    pairs: dict[int, int] = {}
+    opened: list[int] = []
+    for tag in re.finditer(f"{opening}|{closing}", text):
+        if tag.group() == opening:
+            opened.append(tag.start())
+        elif opened:
+            pairs[opened.pop()] = tag.start()
+    return pairs

@@ -295,7 +295,12 @@ def _rendered(
 
 def notes_on(chat: ChatMessages) -> tuple[str, ...]:
     """Return the flags of what was left out when messages were read."""
-    notes = {"images_left_out": chat.images, "fields_left_out": chat.left_out, "reasoning_summary": chat.summary}
+    notes = {
+        "irregular": chat.irregular,
+        "images_left_out": chat.images,
+        "fields_left_out": chat.left_out,
+        "reasoning_summary": chat.summary,
+    }
     return tuple(name for name, value in notes.items() if value)
 
 

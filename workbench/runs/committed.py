@@ -11,10 +11,11 @@ import pandas as pd
 import zarr
 
 from workbench.bounded_json import parse_json
+from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.runs import shards
 from workbench.runs.manifest import DamageError, Manifest, reading
-from workbench.runs.schema import TOKEN_COLUMNS, ArraySpec, Layout, Spec, Unit, arrays
+from workbench.runs.schema import MANIFESTS, TOKEN_COLUMNS, ArraySpec, Layout, Spec, Unit, arrays
 from workbench.runs.storage import Storage
 from workbench.runs.summaries import float32_of
 
@@ -72,7 +73,18 @@ class CommittedRun:
 
     @cached_property
     def committed(self) -> np.ndarray:
-        """Return whether each unit is committed [unit]."""
+        """Return whether each unit is committed [unit].
+
+        Raises:
+            DamageError: the run is complete, and a unit is not committed.
+        """
+        committed = self._read_committed()
+        if self.status == "complete" and not committed.all():
+            missing = f"{int((~committed).sum())} of {count_of(len(committed), 'unit')}"
+            raise DamageError(self.storage, f"status is complete, but {missing} are not committed")
+        return committed
+
+    def _read_committed(self) -> np.ndarray:
         with reading(self.storage, "units/committed"):
             return np.asarray(self.group["units/committed"][:])
 
@@ -83,9 +95,21 @@ class CommittedRun:
 
     @cached_property
     def digest(self) -> str:
-        """Return a digest of what is visible: the run, its committed units, and their contents."""
+        """Return a digest of what is visible: the run, its committed units, and their contents.
+
+        A run of schema 1 or 2 has the digest that it had before checksums were added to it, which change no value:
+        results name the run by it. `content_digest` covers the contents of such a run too.
+        """
+        return self._digest(with_contents=self.attrs["schema"] >= MANIFESTS)
+
+    @cached_property
+    def content_digest(self) -> str:
+        """Return a digest of what is visible, with its contents wherever the run has checksums: the key of caches."""
+        return self._digest(with_contents=self.manifest is not None)
+
+    def _digest(self, *, with_contents: bool) -> str:
         identity = json.dumps(self.attrs["identity"], sort_keys=True).encode()
-        if self.manifest is not None:
+        if with_contents and self.manifest is not None:
             identity += "".join(self.manifest.digests(np.flatnonzero(self.committed).tolist())).encode()
         identity += " ".join(sorted(self.excluded)).encode()
         return hashlib.sha256(identity + np.packbits(self.committed).tobytes()).hexdigest()[:16]
@@ -142,13 +166,26 @@ class CommittedRun:
 
     def _read_table(self, name: str) -> pd.DataFrame:
         group = self.group[name]
-        order = group.attrs.get("columns") or sorted(column for column, _ in group.arrays())
+        order = group.attrs.get("columns") or sorted(self.array_names(name))
         arrays_of = {column: group[column] for column in order}
         if len({array.shape for array in arrays_of.values()}) > 1:
             raise ValueError("columns of unequal length")
         columns = {column: array[:] for column, array in arrays_of.items()}
         table = pd.DataFrame({c: v.astype(object) if v.dtype.kind == "T" else v for c, v in columns.items()})
         return table.rename_axis(name.removesuffix("s"))
+
+    def array_names(self, group: str) -> list[str]:
+        """Return the names of the arrays of a group: those created, or, of a run without manifests, those there.
+
+        Raises:
+            DamageError: the metadata of an array is missing.
+        """
+        if self.manifest is not None:
+            return self.manifest.arrays_of(group)
+        members = {name for name, _ in self.group[group].members()}
+        if lost := sorted(self.group.store.folders(group) - members):
+            raise DamageError(self.storage, f"{group}/{lost[0]}/zarr.json is missing")
+        return [name for name, _ in self.group[group].arrays()]
 
     @cached_property
     def spans(self) -> list[slice]:
@@ -230,7 +267,7 @@ class CommittedRun:
         """Path in the store → name in the dataset, of all that tokens have."""
         columns = {*TOKEN_COLUMNS, "logprob", "entropy"}  # others add columns of their own
         with reading(self.storage, "tokens"):
-            there = [n for n, _ in self.group["tokens"].arrays()]
+            there = self.array_names("tokens")
         names = {f"tokens/{n}": n for n in sorted(columns.intersection(there))}
         names |= {f"routing/{n}": n for n in ("experts", "gates")} if self.spec.routing else {}
         names |= {"routing/logits": "router_logits"} if self.spec.router_logits else {}

@@ -6,8 +6,9 @@ from typing import Any, Literal
 import zarr
 
 from workbench.errors import InputError
-from workbench.runs.manifest import MAX_METADATA_BYTES, CheckedStore, DamageError, Manifest, attributes_digest
-from workbench.runs.schema import MANIFESTS, SCHEMA
+from workbench.runs.expected_files import MAX_METADATA_BYTES, ExpectedFiles
+from workbench.runs.manifest import COMPLETE, CheckedStore, DamageError, Manifest, attributes_digest, has_manifests
+from workbench.runs.schema import SCHEMA
 from workbench.runs.storage import ROOT, LocalStorage, Storage
 
 _ATTRIBUTES = {
@@ -50,11 +51,18 @@ def open_group(storage: Storage, mode: Literal["r", "r+"] = "r", check: Literal[
         raise InputError(f"{storage} is a Zarr group, but not a run: it lacks a run's attributes")
     if schema > SCHEMA:
         raise InputError(f"{storage} has schema {schema}, newer than this workbench's {SCHEMA}: update the workbench")
-    if schema >= MANIFESTS:
-        # zarr may wrap the store again, read-only: the manifest belongs to the store that it reads through
+    # zarr may wrap the store again, read-only: the manifest belongs to the store that it reads through
+    if has_manifests(group.attrs):
         group.store.manifest = Manifest(storage, dict(group.attrs), full=check == "full")
         if group.attrs.get("digest") != attributes_digest(storage.read(ROOT, MAX_METADATA_BYTES)):
             raise DamageError(storage, "its attributes are not those that were written")
+    else:
+        group.store.expected = ExpectedFiles(storage, dict(group.attrs))
+        if storage.exists(COMPLETE):
+            what = (
+                "its attributes do not name its manifests (if adding them was interrupted, remove its folder manifest)"
+            )
+            raise DamageError(storage, what)
     return group
 
 

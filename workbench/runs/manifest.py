@@ -23,21 +23,20 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import google_crc32c
-import numpy as np
 from zarr.abc.store import ByteRequest, Store
 from zarr.core.buffer import Buffer, BufferPrototype
+from zarr.core.sync import sync
 from zarr.storage import LocalStore, WrapperStore
 
 from workbench.bounded_json import parse_json
 from workbench.compression import UnpackedSizeError
 from workbench.errors import InputError
-from workbench.runs.schema import ArraySpec, Layout, Spec, Unit, arrays
+from workbench.runs.expected_files import MAX_METADATA_BYTES, ExpectedFiles
+from workbench.runs.schema import MANIFESTS
 from workbench.runs.storage import Storage
 
 CREATED, COMPLETE = "manifest/created.json", "manifest/complete.json"
 TAIL_BYTES = 16_384
-MAX_METADATA_BYTES = 2**30  # of a manifest, and of a zarr.json
-FLAG = b"\x01"  # content of the file that commits a unit
 # of the arrays of a run; others may unpack a few bytes to gigabytes
 _CODECS = {"bytes", "vlen-utf8", "zstd", "sharding_indexed", "crc32c", "transpose"}
 _SMALL_ARRAY = 2**20  # values, which a chunk of an array of any size may have
@@ -91,6 +90,12 @@ def write(storage: Storage, key: str, files: Mapping[str, Entry]) -> None:
     storage.put(key, [json.dumps({"manifest": key, "digest": _digest(key, listed), "files": listed}).encode()])
 
 
+def write_complete(storage: Storage, totals: Iterable[str], units: int) -> None:
+    """Write the manifest of the totals and of all other manifests, those of this many units."""
+    keys = [*totals, CREATED, *map(unit_key, range(units))]
+    write(storage, COMPLETE, {key: entry([storage.read(key)]) for key in keys})
+
+
 def read(storage: Storage, key: str) -> tuple[str, dict[str, Entry]]:
     """Return the digest and the entries of a manifest.
 
@@ -114,6 +119,11 @@ def _digest(key: str, listed: Any) -> str:
     return hashlib.sha256(json.dumps([key, listed], sort_keys=True).encode()).hexdigest()
 
 
+def has_manifests(attributes: Mapping[str, Any]) -> bool:
+    """Return whether a run has manifests: those of schema 3 and newer, and older ones to which they were added."""
+    return attributes["schema"] >= MANIFESTS or "digest" in attributes
+
+
 def attributes_digest(root: bytes) -> str:
     """Return the SHA-256 of the root's `zarr.json` without the status, which changes, and without this digest itself.
 
@@ -124,15 +134,12 @@ def attributes_digest(root: bytes) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-class Manifest:
-    """The manifests of a run, read when they are needed; `check` is safe in threads.
-
-    It reads files of the run itself, never through zarr, whose event loop waits for it.
-    """
+class Manifest(ExpectedFiles):
+    """The manifests of a run, read when they are needed; `check` is safe in threads."""
 
     def __init__(self, storage: Storage, attributes: Mapping[str, Any], *, full: bool = False) -> None:
-        self._storage, self._attributes, self._full = storage, attributes, full
-        self._complete = attributes["status"] == "complete"
+        super().__init__(storage, attributes)
+        self._full = full
         self._read: dict[str, tuple[str, dict[str, Entry]]] = {}
         self._checked: set[str] = set()
         self._lock = threading.RLock()
@@ -143,27 +150,14 @@ class Manifest:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _lock=threading.RLock())
 
-    @cached_property
-    def _layout(self) -> Layout:
-        """The units, without the sequences' offsets and lengths: all that the shapes of arrays depend on."""
-        key = "units/committed/zarr.json"
+    def _metadata(self, key: str) -> bytes:
         self.check(key)
-        about = parse_json(self._storage.read(key, MAX_METADATA_BYTES))["attributes"]
-        columns = zip(about["starts"], about["capacities"], about["sequences"], strict=True)
-        units = (Unit(i, start, capacity, tuple(range(n))) for i, (start, capacity, n) in enumerate(columns))
-        return Layout(self._attributes["unit_tokens"], tuple(units), (), ())
+        return super()._metadata(key)
 
-    @cached_property
-    def _specs(self) -> dict[str, ArraySpec]:
-        return arrays(self._attributes["model"], Spec.from_json(self._attributes["spec"]), self._layout)
-
-    def _is_committed(self, unit: int) -> bool:
-        if self._complete:
-            return True
-        try:
-            return self._storage.read(f"units/committed/c/{unit}") == FLAG
-        except OSError:
-            return False
+    def arrays_of(self, group: str) -> list[str]:
+        """Return the names of the arrays that a group of the run was created with."""
+        keys = (key.split("/", 1) for key in self.of(CREATED)[1] if key.endswith("/zarr.json"))
+        return [rest.removesuffix("/zarr.json") for top, rest in keys if top == group and rest != "zarr.json"]
 
     def of(self, key: str) -> tuple[str, dict[str, Entry]]:
         """Return the digest and entries of one manifest."""
@@ -184,7 +178,7 @@ class Manifest:
             return None
         array, separator, index = key.partition("/c/")
         if key.startswith("totals/"):
-            return self._listed(COMPLETE, key) if self._complete else None
+            return self._listed(COMPLETE, key) if self._complete and self._has_totals else None
         if not separator or array.startswith(("sequences/", "messages/")):
             return self.of(CREATED)[1].get(key)
         spec = self._specs.get(array)
@@ -193,17 +187,16 @@ class Manifest:
         unit = self._unit(spec, int(index.split("/")[spec.axis]))
         return self._listed(unit_key(unit), key) if self._is_committed(unit) else None
 
+    @cached_property
+    def _has_totals(self) -> bool:
+        """Whether the run has totals: a finished one that was captured before there were any has none."""
+        return any(key.startswith("totals/") for key in self.of(COMPLETE)[1])
+
     def _listed(self, manifest: str, key: str) -> Entry:
         try:
             return self.of(manifest)[1][key]
         except KeyError as error:
             raise DamageError(self._storage, f"{key} is not listed in {manifest}") from error
-
-    def _unit(self, spec: ArraySpec, index: int) -> int:
-        if "token" not in spec.dims:
-            return index
-        starts = [unit.start for unit in self._layout.units]
-        return int(np.searchsorted(starts, index * spec.per_unit, side="right")) - 1
 
     def is_checked(self, key: str) -> bool:
         """Return whether the file passed `check` before."""
@@ -258,6 +251,7 @@ class CheckedStore(WrapperStore[Any]):
     """What zarr reads a run through: every file passes `Manifest.check` before its first use."""
 
     manifest: Manifest | None = None
+    expected: ExpectedFiles | None = None  # of a run without manifests
     _supports_sync_io = False  # zarr 3.3 and newer would read past the checks below
 
     def __init__(self, store: Any) -> None:
@@ -266,12 +260,14 @@ class CheckedStore(WrapperStore[Any]):
 
     def _with_store(self, store: Any) -> "CheckedStore":
         copy = CheckedStore(store)
-        copy.manifest, copy._refused = self.manifest, self._refused
+        copy.manifest, copy.expected, copy._refused = self.manifest, self.expected, self._refused
         return copy
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         await self._check(key)
         buffer = await self._store.get(key, prototype, byte_range)
+        if buffer is None:
+            await self._refuse_missing(key)
         array, _, name = key.rpartition("/")
         if name == "zarr.json" and buffer is not None and (reason := _refusal_of_array(buffer.to_bytes())):
             self._refused[array] = reason
@@ -287,13 +283,35 @@ class CheckedStore(WrapperStore[Any]):
         wanted = list(key_ranges)
         for key in dict.fromkeys(key for key, _ in wanted):
             await self._check(key)
-        return await self._store.get_partial_values(prototype, wanted)
+        buffers: list[Buffer | None] = await self._store.get_partial_values(prototype, wanted)
+        for (key, _), buffer in zip(wanted, buffers, strict=True):
+            if buffer is None:
+                await self._refuse_missing(key)
+        return buffers
 
     async def _get_many(
         self, requests: Iterable[tuple[str, BufferPrototype, ByteRequest | None]]
     ) -> AsyncGenerator[tuple[str, Buffer | None], None]:
         for key, prototype, byte_range in requests:
             yield key, await self.get(key, prototype, byte_range)
+
+    def folders(self, group: str) -> set[str]:
+        """Return the names of what lies in a group, whether zarr recognizes it or not."""
+
+        async def listed() -> set[str]:
+            return {name.rstrip("/") async for name in self._store.list_dir(group)}
+
+        return sync(listed()) - {"zarr.json"}
+
+    async def _refuse_missing(self, key: str) -> None:
+        """Refuse a chunk that is missing and that the layout of the run requires.
+
+        Raises:
+            DamageError: naming the file.
+        """
+        expected = self.manifest or self.expected
+        if expected is not None and await asyncio.to_thread(expected.must_exist, key):
+            raise DamageError(self._store, f"{key} is missing")
 
     async def _check(self, key: str) -> None:
         if isinstance(self._store, LocalStore):

@@ -4,6 +4,7 @@ Only committed units are visible, gaps never are, and opening costs the same wha
 still being written is read like any other; open it again to see more.
 """
 
+import warnings
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -25,10 +26,19 @@ from workbench.runs.summed import SummedRun
 from workbench.runs.token_rows import chosen_bounds, span_bounds, token_rows
 
 
+class NoChecksumsWarning(UserWarning):
+    """A run without checksums was opened: a file that was changed may be read as wrong values."""
+
+
+_noted: set[str] = set()  # runs of which this process stated that they have no checksums
+
+
 def open_run(
     path: str | Path | Storage, *, check: Literal["fast", "full"] = "fast", exclude: str | Sequence[str] = ()
 ) -> "Run":
     """Return the run at `path`. Every file is checked against the run's manifests before its first use.
+
+    A run of schema 1 or 2 without manifests is read with a `NoChecksumsWarning`, once in a process.
 
     check: "fast" compares existence, size and the last bytes of a file; "full" its SHA-256.
     exclude: flags of sequences that are left out of everything that is read, as "irregular,truncated".
@@ -38,6 +48,14 @@ def open_run(
     """
     storage = storage_at(path)
     run = Run(storage, open_group(storage, check=check))
+    if run.manifest is None and run.path not in _noted:
+        _noted.add(run.path)
+        warnings.warn(
+            f"{run.path} has no checksums (schema {run.attrs['schema']}): a changed file may be read as wrong values; "
+            f"add them with `workbench verify {run.path} --add-checksums`",
+            NoChecksumsWarning,
+            stacklevel=2,
+        )
     return run.excluding(exclude) if exclude else run
 
 

@@ -205,8 +205,11 @@ class ObjectStorage:
         self.fs.invalidate_cache()
         try:
             return bool(self.fs.exists(self._at(key)))
-        except PermissionError as error:
-            raise InputError(f"{self} cannot be opened: {error}; credentials come from the environment") from error
+        except Exception as error:  # each storage's client raises errors of its own
+            why = str(error) or type(error).__name__
+            raise InputError(
+                f"{self} cannot be opened: {why}; credentials and the endpoint come from the environment"
+            ) from error
 
     def read(self, key: str, max_bytes: int | None = None) -> bytes:
         if max_bytes is None:

@@ -27,8 +27,7 @@ class SummedRun(CommittedRun):
         """Return names of the sums that `summary` and `total` give."""
         with reading(self.storage, "summaries"):
             known = {n.removeprefix("summaries/") for n in self._specs}
-            there = (n for n, _ in self.group["summaries"].arrays())
-            return sorted(n for n in there if n in known and n != "sequence")
+            return sorted(n for n in self.array_names("summaries") if n in known and n != "sequence")
 
     def summary(self, name: str) -> xr.DataArray:
         """Return a sum per sequence and channel (`tokens`, `expert_count`, `sink_sum`, …) with labels of each sequence.

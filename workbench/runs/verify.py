@@ -8,6 +8,7 @@ with `recompute`.
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from workbench.harmony.labels import CHANNELS, PARTS
 from workbench.progress import progress
 from workbench.runs import feature_examples, manifest, neuron_examples, shards
 from workbench.runs.examples import of_tokens
-from workbench.runs.reader import Run, open_run
+from workbench.runs.expected_files import FLAG
+from workbench.runs.group import open_group
+from workbench.runs.reader import Run
 from workbench.runs.schema import NEURON_FIELDS, ArraySpec, Layout, Unit, arrays
-from workbench.runs.storage import Storage
+from workbench.runs.storage import Storage, storage_at
 from workbench.runs.summaries import summarise
 
 _GATE_ROUNDING = 4e-3  # four float16 gates
@@ -37,13 +40,22 @@ class Problem:
     what: str
 
 
+class _CheckedRun(Run):
+    """A run of which a unit may not be committed though the run is complete: that is one of the problems."""
+
+    @cached_property
+    def committed(self) -> np.ndarray:
+        return self._read_committed()
+
+
 def verify(path: str | Path | Storage, *, workers: int | None = None, recompute: bool = False) -> list[Problem]:
     """Return everything that is damaged or does not agree, units checked side by side; [] for a valid run.
 
     recompute: check sums and ranges of values too, not only that every file is the one that was written.
     """
     try:
-        run = open_run(path)
+        storage = storage_at(path)
+        run = _CheckedRun(storage, open_group(storage))
         layout, _ = run.layout, run.committed
         specs = arrays(run.model, run.spec, layout)
     except Exception as error:  # whatever damaged metadata or a damaged table makes zarr raise
@@ -111,19 +123,19 @@ def _in_units(run: Run, layout: Layout, workers: int | None, check: Callable[[Un
 def _listed(run: Run, specs: dict[str, ArraySpec], grains: _Grains, unit: Unit, there: set[str]) -> Iterator[Problem]:
     """What is wrong with the files of a unit by its manifest."""
     where, key = f"unit {unit.index}", manifest.unit_key(unit.index)
-    expected = set(_files(specs, grains, unit))
+    expected = set(files_of_unit(specs, grains, unit))
     if not run.committed[unit.index]:
         if key in there and expected <= there:
             yield Problem(where, "is not committed though all its files are there: the flag was cleared")
         return
-    flag = f"units/committed/c/{unit.index}"
-    if flag not in there or run.storage.read(flag) != manifest.FLAG:
-        yield Problem(where, f"{flag} is not the flag of a committed unit")
     try:
         files = manifest.read(run.storage, key)[1]
     except manifest.DamageError as error:
         yield Problem(where, str(error))
         return
+    flag = f"units/committed/c/{unit.index}"
+    if flag not in there or (flag not in files and run.storage.read(flag) != FLAG):
+        yield Problem(where, f"{flag} is not the flag of a committed unit")
     for missing in sorted(expected - set(files)):
         yield Problem(where, f"{missing} is not listed in {key}")
     yield from _changed(run, where, files, there)
@@ -159,7 +171,7 @@ def _totals(run: Run) -> Iterator[Problem]:
     """Totals of a finished run are sums of what its units hold; runs of schema 1 have none."""
     if "totals" not in run.group:
         return
-    summed = open_run(run.storage)
+    summed = Run(run.storage, open_group(run.storage))
     summed.status = "writing"  # adds up instead of reading
     for name in run.summaries:
         try:
@@ -176,7 +188,7 @@ def _checked(
 ) -> list[Problem]:
     """What is wrong with a unit, the files of the run being `there`."""
     where = f"unit {unit.index}"
-    missing = [key for key in _files(specs, grains, unit) if key not in there]
+    missing = [key for key in files_of_unit(specs, grains, unit) if key not in there]
     if not run.committed[unit.index]:
         cleared = "is not committed though all its files are there: the flag was cleared"
         return [] if missing else [Problem(where, cleared)]
@@ -228,6 +240,8 @@ def _columns(run: Run) -> Iterator[Problem]:
         try:
             table = run.group[name]
             arrays_of_table = set(table.array_keys())
+            if run.manifest is None:
+                run.array_names(name)  # refuses an array without metadata, which the table may not list
             missing = [str(column) for column in table.attrs.get("columns", []) if column not in arrays_of_table]
         except Exception as error:  # whatever damaged metadata makes zarr raise
             yield Problem(name, f"cannot be read: {_first_line(error)}")
@@ -258,8 +272,8 @@ def _tables(run: Run, layout: Layout) -> Iterator[Problem]:
         yield Problem("messages", f"message {int(np.argmin(inside))} is not inside its sequence")
 
 
-def _files(specs: dict[str, ArraySpec], grains: _Grains, unit: Unit) -> Iterator[str]:
-    """Keys of all shards that a unit owns."""
+def files_of_unit(specs: dict[str, ArraySpec], grains: _Grains, unit: Unit) -> Iterator[str]:
+    """Yield the keys of all shards that a unit owns."""
     for name, spec in specs.items():
         grain = grains[name]
         rows = _place(spec, unit)

@@ -274,7 +274,7 @@ class RunWriter:
                 for name, array in self._arrays.items()
                 for call in self._writes(unit, name, array, stored.get(name), listed)
             )
-            if self.group.attrs["schema"] >= MANIFESTS:
+            if manifest.has_manifests(self.group.attrs):
                 manifest.write(self.storage, manifest.unit_key(index), listed)
             self.group["units/committed"][index] = True
 
@@ -344,15 +344,10 @@ class RunWriter:
             return
         with _disk_errors(self.storage):
             self._write_totals()
-            if self.group.attrs["schema"] >= MANIFESTS:
-                self._list_complete()
+            if manifest.has_manifests(self.group.attrs):
+                totals = [key for key in self.storage.files() if key.startswith("totals/")]
+                manifest.write_complete(self.storage, totals, len(self.layout.units))
             self.group.attrs["status"] = "complete"
-
-    def _list_complete(self) -> None:
-        """Write the manifest of the totals and of all other manifests."""
-        keys = [key for key in self.storage.files() if key.startswith("totals/")]
-        keys += [manifest.CREATED, *(manifest.unit_key(unit.index) for unit in self.layout.units)]
-        manifest.write(self.storage, manifest.COMPLETE, {key: manifest.entry([self.storage.read(key)]) for key in keys})
 
     def _write_totals(self) -> None:
         run = open_run(self.storage)

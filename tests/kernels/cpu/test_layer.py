@@ -93,22 +93,6 @@ def test_gates_are_a_softmax_over_the_chosen_logits() -> None:
     assert error(layer.gate(logits, experts.flip(1)), want) > 1e-2
 
 
-@pytest.mark.parametrize("rows", [1, 5])
-def test_activations(rows: int) -> None:
-    pairs, limit, alpha = normal(rows, rows, 3, 192) * 6, 7.0, 1.702
-    pairs[0, 0, 0], pairs[0, 0, 2] = -120.0, 120.0
-
-    def slow(pairs: Tensor) -> Tensor:
-        gate, up = pairs[..., 0::2].double().clamp(max=limit), pairs[..., 1::2].double().clamp(-limit, limit)
-        return gate * torch.sigmoid(alpha * gate) * (up + 1)
-
-    got = layer.swiglu(pairs, limit, alpha)
-    assert error(got, slow(pairs)) < HALF_ULP
-    exchanged = pairs.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
-    for broken in (exchanged, pairs.roll(2, -1), pairs.clamp(max=5)):
-        assert error(got, slow(broken)) > 4 * HALF_ULP
-
-
 def test_sizes_that_the_loops_cannot_compute_are_refused() -> None:
     sizes = layer.LayerSizes(2880, 64, 8, 64, 128, 32, 4, 2880, 1e-5, 7.0, 1.702)
     assert sizes.covered
@@ -116,10 +100,3 @@ def test_sizes_that_the_loops_cannot_compute_are_refused() -> None:
     assert not any(sizes._replace(**change).covered for change in wrong)
     assert list(layer_records.Phase) == list(range(len(layer_records.Phase)))
     assert layer_records.BLOCK % row_loops.LANES == piece_loops.DENSE_CHUNK % row_loops.LANES == 0
-
-
-def test_the_sum_over_slots() -> None:
-    out, gates = normal(0, 3, 4, 96), torch.rand(3, 4, generator=torch.Generator().manual_seed(1))
-    want = torch.einsum("tsd,ts->td", out.double(), gates.double())
-    assert error(layer.combine(out, gates), want) < HALF_ULP
-    assert error(layer.combine(out, gates.flip(1)), want) > 4 * HALF_ULP

@@ -1,4 +1,8 @@
-"""Products of many rows by tiles of a matrix, `workbench.kernels.cpu.tile_loops`, against float64."""
+"""Products of many rows by tiles of a matrix, `workbench.kernels.cpu.tiles`, against float64.
+
+The loops are those of `workbench.kernels.cpu.dense_tile_loops` and `workbench.kernels.cpu.integer_tile_loops`, with the
+jobs of `workbench.kernels.cpu.tile_jobs`.
+"""
 
 import pytest
 import torch
@@ -66,7 +70,7 @@ def test_dense_and_packed_products_equal_float64(rows: int, outputs: int, inputs
     assert error(tiles.dense_linear(x, matrix, None), want) < 1
     assert error(tiles.dense_linear(x, matrix, bias), want + bias) < 1
     packed = Mxfp4(*quantise(matrix.float()))
-    assert error(tiles.packed_linear(x, *packed), x.double() @ dequantise(*packed, torch.float64).mT) < 1
+    assert error(tiles.packed_linear(x, packed), x.double() @ dequantise(*packed, torch.float64).mT) < 1
 
 
 @pytest.mark.parametrize("tokens", [2, 40, 700])
@@ -82,10 +86,18 @@ def test_expert_products_equal_float64(tokens: int, number_of_threads: int) -> N
 def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
     x, matrix = normal(600, 288).bfloat16(), normal(96, 288, seed=1).bfloat16()
     packed = Mxfp4(*quantise(matrix.float()))
-    complete, unpacked = tiles.dense_linear(x, matrix, None), tiles.packed_linear(x, *packed)
+    complete, unpacked = tiles.dense_linear(x, matrix, None), tiles.packed_linear(x, packed)
     for rows in (slice(0, 1), slice(7, 20), slice(100, 600)):
         assert torch.equal(tiles.dense_linear(x[rows], matrix, None), complete[rows])
-        assert torch.equal(tiles.packed_linear(x[rows], *packed), unpacked[rows])
+        assert torch.equal(tiles.packed_linear(x[rows], packed), unpacked[rows])
+
+
+def test_rows_that_are_chosen_are_multiplied_in_their_order() -> None:
+    x, packed = normal(40, 96).bfloat16(), Mxfp4(*quantise(normal(64, 96, seed=1)))
+    rows, bias = torch.tensor([7, 39, 7, 0, 12]), normal(64, seed=2).bfloat16()
+    complete = tiles.packed_linear(x, packed, bias)
+    assert torch.equal(tiles.packed_linear(x, packed, bias, rows), complete[rows])
+    assert not torch.equal(tiles.packed_linear(x, packed, None, rows), complete[rows])
 
 
 @pytest.mark.parametrize("broken", ["neighbouring expert", "nibbles exchanged", "one scale", "one input", "bias"])
@@ -115,20 +127,70 @@ def test_every_byte_under_every_scale_is_exact() -> None:
     scales = torch.arange(256, dtype=torch.uint8).repeat_interleave(16)[:, None]
     want = dequantise(blocks, scales)
     usable = torch.arange(256).repeat_interleave(16) < 253  # infinity times the zeros beside the 1 is NaN
-    got = tiles.packed_linear(torch.eye(32, dtype=torch.bfloat16), blocks, scales).mT
+    got = tiles.packed_linear(torch.eye(32, dtype=torch.bfloat16), Mxfp4(blocks, scales)).mT
     assert torch.equal(got[usable], want[usable])
     assert got[-16:].isnan().all()
-    exchanged = tiles.packed_linear(torch.eye(32, dtype=torch.bfloat16), (blocks << 4) | (blocks >> 4), scales).mT
+    exchanged = tiles.packed_linear(
+        torch.eye(32, dtype=torch.bfloat16), Mxfp4((blocks << 4) | (blocks >> 4), scales)
+    ).mT
     assert not torch.equal(exchanged[usable], want[usable])
 
 
 def test_nan_and_infinity_stay_in_their_rows() -> None:
     x, matrix = normal(20, 64).bfloat16(), normal(32, 64, seed=1).bfloat16()
     x[3, 5], x[11, 0] = torch.nan, torch.inf
-    got = tiles.dense_linear(x, matrix, None)
+    got, packed = tiles.dense_linear(x, matrix, None), tiles.packed_linear(x, Mxfp4(*quantise(matrix.float())))
     assert got[3].isnan().all()
     assert got[11].isinf().all()
-    assert got[[n for n in range(20) if n not in (3, 11)]].isfinite().all()
+    assert packed[[3, 11]].isnan().all()
+    others = [n for n in range(20) if n not in (3, 11)]
+    assert got[others].isfinite().all()
+    assert packed[others].isfinite().all()
+
+
+def eight_bits(x: Tensor) -> Tensor:
+    """Inputs rounded to 8-bit integers in groups of 32, as other programs round them before products of integers."""
+    groups = x.double().unflatten(-1, (-1, 32))
+    step = groups.abs().amax(-1, keepdim=True) / 127
+    return ((groups / step).round() * step).flatten(-2)
+
+
+def test_sums_over_inputs_of_similar_size_are_exact() -> None:
+    """Integers from 1 to 127 in one group, times one power of two: the sum is rounded once, to bfloat16."""
+    x = torch.randint(1, 128, (50, 32), generator=torch.Generator().manual_seed(0)) * 2.0**-3
+    packed = Mxfp4(*quantise(normal(64, 32, seed=1)))
+    values = dequantise(*packed, torch.float64)
+    got = tiles.packed_linear(x.bfloat16(), packed)
+    assert torch.equal(got, (x.double() @ values.mT).bfloat16())
+    assert not torch.equal(got, (eight_bits(x) @ values.mT).bfloat16())
+
+
+@pytest.mark.parametrize("outlier", [1.0, 100.0, 30000.0])
+def test_inputs_much_smaller_than_one_of_their_group_lose_less_than_bfloat16_does(outlier: float) -> None:
+    """The bound of the documentation: 2^-15 of the largest input of a group, for each input."""
+    x, packed = normal(40, 288).bfloat16(), Mxfp4(*quantise(normal(96, 288, seed=1)))
+    x[:, 7::32] *= outlier
+    values = dequantise(*packed, torch.float64)
+    largest = x.double().unflatten(1, (-1, 32)).abs().amax(-1)
+    bound = 2.0**-15 * largest @ values.abs().unflatten(1, (-1, 32)).sum(-1).mT
+    want = x.double() @ values.mT
+    got = tiles.packed_linear(x, packed).double()
+    assert ((got - want).abs() <= bound + want.abs() * 2**-8).all()
+    if outlier == 100:
+        coarse = (eight_bits(x) @ values.mT - want).abs()
+        assert (coarse > bound + want.abs() * 2**-8).any()
+
+
+@pytest.mark.parametrize("size", [2.0**-133, 2.0**-120, 2.0**-60, 2.0**60, 2.0**118])
+def test_inputs_of_any_size(size: float) -> None:
+    x, packed = normal(9, 64).clamp(-1.9, 1.9).bfloat16() * size, Mxfp4(*quantise(normal(32, 64, seed=1)))
+    want = x.double() @ dequantise(*packed, torch.float64).mT
+    got = tiles.packed_linear(x, packed).double()
+    step = 2.0**-126  # of the integers of the smallest inputs
+    bound = step * dequantise(*packed, torch.float64).abs().sum(1)
+    assert ((got - want).abs() <= want.abs() * 2**-8 + 1e-4 * want.abs().max() + bound).all()
+    assert not got.isfinite().logical_not().any()
+    assert (got != 0).any() == (size > step)
 
 
 def test_matrices_of_other_kinds_are_not_covered() -> None:

@@ -14,6 +14,7 @@ from workbench.harmony.formats.conversation import CUT, Conversation
 from workbench.harmony.grammar import parse_text
 from workbench.harmony.marked_text import is_marked
 from workbench.harmony.messages import shown
+from workbench.harmony.reasoning import REASONING_FIELDS
 from workbench.harmony.transcripts import expected_text
 
 Row = Mapping[str, Any]
@@ -326,9 +327,8 @@ def _lm_eval(row: Row) -> Iterator[Conversation]:
 def _prompt_answer(row: Row) -> Iterator[Conversation]:
     fields = about(row)
     answer = next(row[name] for name in _RESPONSE_TEXT if isinstance(row.get(name), str))
-    names = ("reasoning", "reasoning_content", "thinking", "analysis")
-    reasoning = next((row[name] for name in names if isinstance(row.get(name), str)), "")
-    message = {"role": "assistant", "content": answer, "reasoning": reasoning}
+    reasoning = {name: row[name] for name in REASONING_FIELDS if isinstance(row.get(name), str)}
+    message = {"role": "assistant", "content": answer} | reasoning
     yield Conversation([*_given(row["prompt"]), message], **fields)
 
 

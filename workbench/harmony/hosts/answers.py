@@ -20,7 +20,8 @@ _ENDED = ("stop", "tool_calls", None)
 class Answer:
     """An assistant's messages. reasoning: verbatim, summary, or absent. complete: whether it ended by itself.
 
-    ids: those of the prompt and of the answer, if the host gave both.
+    ids: those of the prompt and of the answer, if the host gave both. irregular: whether tags of the reasoning are
+    nested or left over.
     """
 
     messages: list[dict[str, Any]]
@@ -28,6 +29,7 @@ class Answer:
     complete: bool
     about: dict[str, Any] = field(default_factory=dict)
     ids: tuple[list[int], list[int]] | None = None
+    irregular: bool = False
 
 
 class NoAnswerError(ValueError):
@@ -71,7 +73,7 @@ def _answer(messages: list[Any], complete: bool, choice: Mapping[str, Any], repl
     has_analysis = any(m.get("channel") == "analysis" for m in written)
     reasoning = ("summary" if answer.summary else "verbatim") if has_analysis else "absent"
     complete = complete and answer.complete is not False
-    return Answer(written, reasoning, complete, _about(choice, reply), _ids(choice, reply))
+    return Answer(written, reasoning, complete, _about(choice, reply), _ids(choice, reply), answer.irregular)
 
 
 def _ids(choice: Mapping[str, Any], reply: Mapping[str, Any]) -> tuple[list[int], list[int]] | None:

@@ -120,7 +120,9 @@ class Asker:
         text, complete, about, ids = answers.from_completion(reply)
         output = read_output(text, truncated=not complete)
         has_analysis = any(m.get("channel") == "analysis" for m in output.messages)
-        answer = answers.Answer(output.messages, "verbatim" if has_analysis else "absent", complete, about, ids)
+        answer = answers.Answer(
+            output.messages, "verbatim" if has_analysis else "absent", complete, about, ids, output.irregular
+        )
         if ids is None and is_marked(text):
             answer = replace(answer, ids=(prompt, marked_ids(text, encoding)))
             about["ids"] = "from text"
@@ -175,6 +177,7 @@ class Asker:
             about = answer.about
             n_tokens = sum(v for k in ("prompt_tokens", "completion_tokens") if isinstance(v := about.get(k), int))
             fields |= {"messages": messages} | job.prompt.options
+            fields |= {"notes": ["irregular"]} if answer.irregular else {}
         return fields | self._routing(reply, n_tokens, exact=answer.ids is not None)
 
     def _decoded(self, ids: Sequence[int]) -> str:

@@ -1,0 +1,323 @@
+"""Products of many rows with MXFP4 matrices in integers, which AVX-512 multiplies faster than float32.
+
+A group of 32 inputs of a row becomes 16-bit integers times one power of two, so that its largest input lies between
+2^14 and 2^15. An input of bfloat16 not below 1/128 of the largest is exact; a smaller one is rounded to 2^-15 of the
+largest. Twice a value of MXFP4 is an integer of at most 12. A sum over a group is therefore exact: its integer, below
+2^24, is exact in float32 too, and so are its products with both powers of two. Sums over the groups are in float32, in
+the order of the groups, whatever the number of rows. NaN or infinity among its inputs makes a row's results NaN; what
+is below 2^-127 becomes 0.
+
+A tile is 32 outputs by 256 inputs. An instruction adds the products of two neighbouring inputs for 16 outputs, so that
+inputs and values are pairs: tile [group, pair, output], inputs [group, pair, row], of two 16-bit integers. What follows
+the 16 pairs of a group are the scales, of outputs and of rows, in float32. Jobs and blocks are those of `tile_jobs`.
+
+Measured, one thread (Emerald Rapids), a matrix of 5760 × 2880: 9 rows 2.3 ms, 24 rows 4.0 ms, 256 rows 32 ms
+(264 GFLOP/s), and as products in float32, 3.1, 6.0 and 56 ms in the same run; the errors against float64 are equal.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from workbench.kernels.cpu.compilation import compile_loop
+from workbench.kernels.cpu.tile_jobs import (
+    JOB_ROWS,
+    LEAST_ROWS,
+    MOST_ROWS,
+    OUTPUTS,
+    ROW_BYTES,
+    ask_for_rows,
+    field,
+    inline,
+    row_at,
+    store_results,
+)
+from workbench.kernels.cpu.vectors import (
+    E2M1,
+    GROUP,
+    LANES,
+    Value,
+    _broadcast,
+    _f32,
+    _floats,
+    _function,
+    _i8,
+    _i16,
+    _i32,
+    _i64,
+    _int,
+    _ints,
+    _load,
+    _pointer,
+    _repeat,
+    take,
+)
+
+DEPTH = 8  # groups of a tile
+PAIRS = GROUP // 2
+GROUP_NUMBERS = PAIRS + 1  # of 32 bits: those of a group and its scale
+_GROUP_BYTES = ROW_BYTES * GROUP_NUMBERS
+_TILE_BYTES = _GROUP_BYTES * DEPTH
+THREAD_BYTES = _TILE_BYTES + ROW_BYTES * JOB_ROWS
+_words = ir.VectorType(_i16, 2 * LANES)
+_LEAST_EXPONENT, _NOT_FINITE = 15, 255  # of bfloat16, biased
+
+
+def _scale_factors(b: Any, scales: Value, groups: Value) -> Value:
+    """Return the powers of two of one group of 16 outputs: 255 is NaN, and 0 the subnormal 2^-127."""
+    exponents = ir.Constant(ir.VectorType(_i8, LANES), ir.Undefined)
+    for output in range(LANES):
+        exponent = _load(b, _i8, scales, b.mul(_int(output), groups))
+        exponents = b.insert_element(exponents, exponent, ir.Constant(_i32, output))
+    wide = b.zext(exponents, _ints)
+    bits = b.shl(wide, _repeat(_ints, 23))
+    bits = b.select(b.icmp_unsigned("==", wide, _repeat(_ints, 0)), _repeat(_ints, 0x00400000), bits)
+    bits = b.select(b.icmp_unsigned("==", wide, _repeat(_ints, 255)), _repeat(_ints, 0x7FC00000), bits)
+    return b.bitcast(bits, _floats)
+
+
+def _dwords_by_output(b: Any, rows: list[Value]) -> list[Value]:
+    """Return of 16 rows of four 32-bit integers the four columns."""
+
+    def joined(parts: list[Value]) -> Value:
+        while len(parts) > 1:
+            lanes = ir.Constant(ir.VectorType(_i32, 2 * parts[0].type.count), list(range(2 * parts[0].type.count)))
+            parts = [b.shuffle_vector(parts[i], parts[i + 1], lanes) for i in range(0, len(parts), 2)]
+        return parts[0]
+
+    quads = [joined(rows[start : start + 4]) for start in range(0, LANES, 4)]  # four rows each
+    columns = []
+    for first in (0, 2):
+        lanes = [4 * row + column for column in (first, first + 1) for row in range(8)]
+        halves = [b.shuffle_vector(quads[i], quads[i + 1], ir.Constant(_ints, lanes)) for i in (0, 2)]
+        for start in (0, 8):
+            order = [*range(start, start + 8), *range(LANES + start, LANES + start + 8)]
+            columns.append(b.shuffle_vector(*halves, ir.Constant(_ints, order)))
+    return columns
+
+
+def _permuted(b: Any, table: list[int], index: Value) -> Value:
+    """Return for each of 16 indices, of which four bits count, an integer of a table."""
+    permute = _function(b, "llvm.x86.avx512.permvar.si.512", _ints, _ints, _ints)
+    return b.call(permute, [ir.Constant(_ints, table), index])
+
+
+@intrinsic
+def _unpack_group(typingctx, blocks, scales, groups, result):
+    """Write a group of 16 outputs of an MXFP4 matrix, and their scales, into 17 rows of a tile."""
+    doubled = [round(2 * sign * value) for sign in (1, -1) for value in E2M1]
+
+    def generate(context, b, signature, arguments):
+        blocks, scales, groups, result = arguments
+        rows = [
+            _load(b, ir.VectorType(_i32, 4), blocks, b.mul(_int(LANES * output), groups)) for output in range(LANES)
+        ]
+        low, high = [value & 0xFFFF for value in doubled], [(value & 0xFFFF) << 16 for value in doubled]
+        pairs = [
+            b.or_(
+                _permuted(b, low, b.lshr(column, _repeat(_ints, 8 * byte))),
+                _permuted(b, high, b.lshr(column, _repeat(_ints, 8 * byte + 4))),
+            )
+            for column in _dwords_by_output(b, rows)
+            for byte in range(4)
+        ]
+        halved = b.fmul(_scale_factors(b, scales, groups), _repeat(_floats, 0.5))
+        for position, row in enumerate([*pairs, b.bitcast(halved, _ints)]):
+            b.store(row, _pointer(b, _ints, result, _int(ROW_BYTES * position)), align=64)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), generate
+
+
+@intrinsic
+def _round_group(typingctx, source, rows, result):
+    """Write a group of 32 bfloat16 inputs of a row as 16 pairs of integers and a scale, each `rows` numbers apart."""
+
+    def generate(context, b, signature, arguments):
+        source, rows, result = arguments
+        bits = _load(b, _words, source)
+        exponents = b.and_(bits, ir.Constant(_words, [0x7F80] * 2 * LANES))
+        largest = _function(b, "llvm.vector.reduce.umax.v32i16", _i16, _words)
+        exponent = b.zext(b.lshr(b.call(largest, [exponents]), ir.Constant(_i16, 7)), _i32)
+        finite = b.icmp_unsigned("<", exponent, ir.Constant(_i32, _NOT_FINITE))
+        least = ir.Constant(_i32, _LEAST_EXPONENT)
+        exponent = b.select(b.icmp_unsigned("<", exponent, least), least, exponent)
+        factor = b.shl(b.sub(ir.Constant(_i32, 268), exponent), ir.Constant(_i32, 23))  # 2^(14 - exponent)
+        inverse = b.shl(b.sub(exponent, ir.Constant(_i32, 14)), ir.Constant(_i32, 23))
+        inverse = b.select(finite, inverse, ir.Constant(_i32, 0x7FC00000))
+        factors = _broadcast(b, b.bitcast(factor, _f32))
+        nearest = _function(b, "llvm.rint.v16f32", _floats, _floats)
+        wide = b.bitcast(bits, _ints)
+        even, odd = b.shl(wide, _repeat(_ints, 16)), b.and_(wide, _repeat(_ints, 0xFFFF0000))
+        even, odd = (
+            b.fptosi(b.call(nearest, [b.fmul(b.bitcast(half, _floats), factors)]), _ints) for half in (even, odd)
+        )
+        pairs = b.or_(b.and_(even, _repeat(_ints, 0xFFFF)), b.shl(odd, _repeat(_ints, 16)))
+        step = b.mul(rows, _int(4))
+        for pair in range(PAIRS):
+            value = b.extract_element(pairs, ir.Constant(_i32, pair))
+            b.store(value, _pointer(b, _i32, result, b.mul(step, _int(pair))), align=4)
+        b.store(inverse, _pointer(b, _i32, result, b.mul(step, _int(PAIRS))), align=4)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), generate
+
+
+@intrinsic
+def _clear(typingctx, sums, rows):
+    """Write zeros into the sums of rows."""
+
+    def generate(context, b, signature, arguments):
+        sums, rows = arguments
+        with cgutils.for_range(b, rows, intp=_i64) as loop:
+            for half in (0, 64):
+                at = _pointer(b, _floats, sums, b.mul(loop.index, _int(ROW_BYTES)), _int(half))
+                b.store(_repeat(_floats, 0.0), at, align=64)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+def _products(rows: int) -> Any:
+    """Return an intrinsic: add to the sums of `rows` rows their products with a tile.
+
+    Its arguments: the addresses of the tile, of a block of inputs [group, pair, row] and of sums [row, 32], and how
+    many groups.
+    """
+
+    @intrinsic
+    def products(typingctx, tile, inputs, sums, groups):
+        def generate(context, b, signature, arguments):
+            tile, inputs, sums, groups = arguments
+            multiply_add = _function(b, "llvm.fma.v16f32", _floats, _floats, _floats, _floats)
+            multiply_pairs = _function(b, "llvm.x86.avx512.pmaddw.d.512", _ints, _words, _words)
+            totals = [cgutils.alloca_once_value(b, _repeat(_ints, 0)) for _ in range(2 * rows)]
+            with cgutils.for_range(b, groups, intp=_i64) as loop:
+                values = b.add(tile, b.mul(loop.index, _int(_GROUP_BYTES)))
+                x = b.add(inputs, b.mul(loop.index, _int(4 * rows * GROUP_NUMBERS)))
+                for total in totals:
+                    b.store(_repeat(_ints, 0), total)
+                with cgutils.for_range(b, _int(PAIRS), intp=_i64) as pairs:
+                    at, first = b.mul(pairs.index, _int(ROW_BYTES)), b.mul(pairs.index, _int(4 * rows))
+                    weights = [b.load(_pointer(b, _words, values, at, _int(64 * half)), align=64) for half in (0, 1)]
+                    for row in range(rows):
+                        pair = b.bitcast(_broadcast(b, _load(b, _i32, x, first, _int(4 * row))), _words)
+                        for half in (0, 1):
+                            total = totals[2 * row + half]
+                            b.store(b.add(b.call(multiply_pairs, [weights[half], pair]), b.load(total)), total)
+                at = [_int(ROW_BYTES * PAIRS + 64 * half) for half in (0, 1)]
+                scales = [b.load(_pointer(b, _floats, values, offset), align=64) for offset in at]
+                for row in range(rows):
+                    scale = _broadcast(b, _load(b, _f32, x, _int(4 * (rows * PAIRS + row))))
+                    for half in (0, 1):
+                        target = _pointer(b, _floats, sums, _int(ROW_BYTES * row + 64 * half))
+                        total = b.fmul(b.sitofp(b.load(totals[2 * row + half]), _floats), scale)
+                        b.store(b.call(multiply_add, [total, scales[half], b.load(target, align=64)]), target, align=64)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 4), generate
+
+    return products
+
+
+_by_4, _by_5, _by_6, _by_7, _by_8, _by_9, _by_10, _by_11, _by_12 = (
+    _products(rows) for rows in range(LEAST_ROWS, MOST_ROWS + 1)
+)
+
+
+@inline
+def _add_products(tile, inputs, sums, depth, blocks, rows):
+    """Add the products of all blocks of inputs with a tile of `depth` groups; `rows` in each block."""
+    for block in range(blocks):
+        x, at = inputs + 4 * GROUP_NUMBERS * block * depth * rows, sums + block * rows * ROW_BYTES
+        if rows == 12:
+            _by_12(tile, x, at, depth)
+        elif rows == 11:
+            _by_11(tile, x, at, depth)
+        elif rows == 10:
+            _by_10(tile, x, at, depth)
+        elif rows == 9:
+            _by_9(tile, x, at, depth)
+        elif rows == 8:
+            _by_8(tile, x, at, depth)
+        elif rows == 7:
+            _by_7(tile, x, at, depth)
+        elif rows == 6:
+            _by_6(tile, x, at, depth)
+        elif rows == 5:
+            _by_5(tile, x, at, depth)
+        else:
+            _by_4(tile, x, at, depth)
+
+
+def _arrange(counter, jobs, number, most, sources, x, groups, inputs):
+    """Put the bfloat16 rows x [..., inputs] of jobs into blocks of integers; the last row again where one is missing.
+
+    number: of the jobs, with at most `most` blocks each. sources: the rows of x at the positions of the jobs.
+    """
+    while True:
+        item = take(counter, 1)
+        if item >= number * most:
+            return
+        job, block = item // most, item % most
+        first, count = field(jobs, job, 1), field(jobs, job, 2)
+        blocks, rows = field(jobs, job, 3), field(jobs, job, 4)
+        if block >= blocks:
+            continue
+        before = inputs + 4 * GROUP_NUMBERS * field(jobs, job, 5) * groups
+        for row in range(rows):
+            position = first + min(block * rows + row, count - 1)
+            at = x + 2 * GROUP * groups * row_at(sources, position)
+            for start in range(0, groups, DEPTH):
+                depth = min(DEPTH, groups - start)
+                target = before + 4 * (GROUP_NUMBERS * rows * (start * blocks + block * depth) + row)
+                for group in range(depth):
+                    _round_group(at + 2 * GROUP * (start + group), rows, target + 4 * GROUP_NUMBERS * rows * group)
+
+
+def _multiply(counter, memory, jobs, number, targets, packed, scales, groups, outputs, inputs, bias, results):
+    """Multiply the arranged inputs of jobs by their MXFP4 matrices [outputs, groups].
+
+    memory: of the threads, after a counter that shares it out. results: bfloat16 [..., outputs], of which `targets` are
+    the rows at the positions of the jobs.
+    """
+    tile = memory + 64 + THREAD_BYTES * take(memory, 1)
+    sums, tiles = tile + _TILE_BYTES, outputs // OUTPUTS
+    while True:
+        item = take(counter, 1)
+        if item >= number * tiles:
+            return
+        job, output = item // tiles, item % tiles * OUTPUTS
+        blocks, rows = field(jobs, job, 3), field(jobs, job, 4)
+        x = inputs + 4 * GROUP_NUMBERS * field(jobs, job, 5) * groups
+        base = field(jobs, job, 0) * outputs + output
+        _clear(sums, blocks * rows)
+        for start in range(0, groups, DEPTH):
+            depth = min(DEPTH, groups - start)
+            if start + depth < groups:
+                ask_for_rows(packed + 16 * (base * groups + start + depth), 16 * groups, 16 * DEPTH)
+            else:
+                ask_for_rows(packed + 16 * (base + OUTPUTS) * groups, 16 * groups, 16 * DEPTH)
+                ask_for_rows(scales + (base + OUTPUTS) * groups, groups, groups)
+            for group in range(depth):
+                for vector in range(OUTPUTS // LANES):
+                    at = (base + LANES * vector) * groups + start + group
+                    _unpack_group(packed + 16 * at, scales + at, groups, tile + _GROUP_BYTES * group + 64 * vector)
+            _add_products(tile, x + 4 * GROUP_NUMBERS * start * blocks * rows, sums, depth, blocks, rows)
+        store_results(sums, jobs, job, targets, bias, outputs, output, results)
+
+
+class IntegerTileLoops(NamedTuple):
+    """The compiled loops of this module."""
+
+    arrange: Callable[..., None]
+    multiply: Callable[..., None]
+
+
+def compile_all() -> IntegerTileLoops:
+    """Return the compiled loops: from the cache on disk if it has them."""
+    return IntegerTileLoops(compile_loop(_arrange, *[types.int64] * 8), compile_loop(_multiply, *[types.int64] * 12))

@@ -1,0 +1,62 @@
+"""The reasoning that a message of a chat API holds beside its content, under one of the names that hosts give it.
+
+Hosts give the same reasoning under several names, which is one reasoning. Where two fields hold different ones, nothing
+shows which of them the model wrote, so the message is refused.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+REASONING_FIELDS = ("thinking", "reasoning_content", "reasoning", "reasoning_details", "analysis")
+
+
+class DifferentReasoningError(ValueError):
+    """A message that holds two reasonings; which, in one line."""
+
+
+def reasoning_beside(message: Mapping[str, Any]) -> tuple[str, bool]:
+    """Return the reasoning in the fields of a message, "" if there is none, and whether it is a summary.
+
+    A summary is used where the reasoning itself is not there.
+
+    Raises:
+        DifferentReasoningError: two fields hold different reasoning.
+    """
+    read = {name: reasoning_text(message.get(name)) for name in REASONING_FIELDS}
+    verbatim = {name: text for name, (text, summary) in read.items() if text and not summary}
+    texts = verbatim or {name: text for name, (text, _) in read.items() if text}
+    if not texts:
+        return "", False
+    first, *others = texts
+    for other in others:
+        check_same(first, texts[first], other, texts[other])
+    return texts[first], not verbatim
+
+
+def check_same(one: str, text: str, other: str, text_of_other: str) -> None:
+    """Check that two texts differ in spaces and line ends alone, as one reasoning in two forms does.
+
+    Raises:
+        DifferentReasoningError: they hold different words.
+    """
+    if text.split() != text_of_other.split() and "".join(text.split()) != "".join(text_of_other.split()):
+        raise DifferentReasoningError(f"its {one} and its {other} are not the same text: keep one of them")
+
+
+def reasoning_text(value: Any) -> tuple[str, bool]:
+    """Return the reasoning in a field or a part, and whether it is a summary; what is redacted is left out."""
+    if isinstance(value, str):
+        return value, False
+    if isinstance(value, Mapping):
+        kind = str(value.get("type", ""))
+        hidden = value.get("redacted") or kind in ("reasoning.encrypted", "redacted_thinking")
+        if not hidden:
+            for name in ("text", "reasoning", "thinking", "content"):
+                text, summary = reasoning_text(value.get(name))
+                if text:
+                    return text, summary or kind in ("summary_text", "reasoning.summary")
+        return reasoning_text(value.get("summary"))[0], True
+    if isinstance(value, Sequence):
+        parts = [reasoning_text(item) for item in value]
+        return "".join(text for text, _ in parts), any(summary for text, summary in parts if text)
+    return "", False
