@@ -1,6 +1,6 @@
 """Examples in their context as HTML: a token of an expert, a neuron or a feature; each opens its conversation there.
 
-The tokens of a list are below each other, so that what they share is seen at a glance: a line has the note, the text
+The tokens of a list are below each other, so that what they share is easy to see: a line has the note, the text
 before the token, the token, and the text after it. What does not fit into the line is in its title.
 """
 

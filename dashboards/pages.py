@@ -228,7 +228,7 @@ def absent_pages(session: Session) -> set[str]:
         run = session.run
     except InputError:
         return set()
-    absent = {"compare"} if len(session.registry.names) < 2 else set()
+    absent: set[str] = {"compare"} if len(session.registry.names) < 2 else set()
     absent |= {"effort"} if len(session.registry.efforts(session.name)) < 2 else set()
     for record in registry.studies(runs=1):
         page = record.page or record.name

@@ -6,6 +6,7 @@ that cannot reach the other pages, and every text is escaped.
 
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
+from typing import Any
 
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
@@ -123,7 +124,7 @@ def _head(run: Run, number: int, before: int | None, after: int | None) -> str:
 
 def _row(run: Run, number: int) -> dict[str, object]:
     """Return what is known of a conversation, its grade in words."""
-    row = {**run.sequences.loc[number].to_dict()}
+    row: dict[str, Any] = {str(name): value for name, value in run.sequences.loc[number].items()}
     return row | {"correct": _GRADES.get(int(row["correct"]), "not graded")}
 
 

@@ -62,7 +62,7 @@ def causal(session: Session) -> Page:
         links = [session.link("causal", experiment=titles[title]) for title in rows["experiment"]]
         note = "The largest effect of each quantity, where it is, and how many of its effects are shown not to be zero"
         name = f"{session.name}-experiments"
-        # whoever opens one experiment sees it first
+        # a link to one experiment shows it first
         return widgets.table("All experiments", rows, name, {"experiment": links}, note=note, collapsed=bool(linked))
 
     table = widgets.guarded(lambda: _readable("experiments", summary))

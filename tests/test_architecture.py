@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "_deferred_packages": set(),
     "_links": set(),
     "notebook": set(),
-    "progress": {"notebook"},
+    "progress": {"counting", "notebook"},
     "compression": {"errors"},
     "file_lock": {"bounded_json", "errors", "signals"},
     "inputs": {"errors"},

@@ -53,8 +53,8 @@ def test_the_navigation_has_every_page_once_under_a_heading() -> None:
 
 def unknown_pages(text: str) -> list[str]:
     """Return the names of pages in a document that no page has."""
-    named = re.findall(r"\bpages? \*([^*\n]+)\*", text)
-    return sorted(set(named) - {*page_titles().values(), "Live"})
+    mentioned = re.findall(r"\bpages? \*([^*\n]+)\*", text)
+    return sorted(set(mentioned) - {*page_titles().values(), "Live"})
 
 
 def test_a_page_has_one_name_in_the_navigation_the_report_and_the_documents() -> None:

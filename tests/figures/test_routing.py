@@ -84,7 +84,7 @@ def test_load_cells_are_coloured_zero_or_missing_but_never_two_of_them(load):
     assert cells(value) == places(share > 0)
     assert cells(zero) == places(share == 0) != set()
     assert cells(missing) == cells(signs(figure, "x-thin")[0]) == places(np.isnan(share)) != set()
-    assert {trace.name for trace in figure.data if trace.showlegend is None} >= {"never selected", "missing"}
+    assert {trace.name for trace in figure.data if trace.showlegend} >= {"never selected", "missing"}
 
 
 def test_load_is_shown_relative_to_uniform_and_clipped_cells_are_marked(load):
@@ -146,6 +146,14 @@ def test_entropy_has_panels_by_channel_and_lines_by_effort_with_intervals(load):
     line = next(trace for trace in lines if trace.xaxis == "x3" and trace.name == "high")
     np.testing.assert_array_equal(line.y, cell["entropy_corrected"])
     np.testing.assert_array_equal(np.asarray(line.customdata)[:, 1], cell["entropy_high"])
+
+
+def test_entropy_of_too_few_prompts_is_drawn_without_a_correction(load):
+    few = load.assign({name: load[name] * np.nan for name in ("entropy_corrected", "entropy_low", "entropy_high")})
+    figure = routing.entropy_by_layer(few)
+    line = next(trace for trace in figure.data if trace.mode == "lines+markers" and trace.xaxis == "x3")
+    np.testing.assert_array_equal(line.y, load["entropy"].sel(channel="final", effort=line.name))
+    assert "Plug-in entropy, biased downwards" in figure.layout.title.subtitle.text
 
 
 def test_panels_can_be_efforts(load):

@@ -28,7 +28,7 @@ def test_other_texts_are_refused_in_one_line_and_stay_in_the_field(text: str) ->
 
 
 def test_whole_numbers_have_no_decimals_and_an_empty_field_can_have_a_meaning() -> None:
-    field = NumberField("From position", None, low=0, high=100, whole=True, empty=0)
+    field = NumberField("From position", None, low=0, high=100, integer=True, empty=0)
     assert (field.widget.value, field.read()) == ("", 0)
     field.put(7)
     assert (field.widget.value, field.read()) == ("7", 7)

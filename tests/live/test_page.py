@@ -1,4 +1,7 @@
-"""The page without a browser: five viewers of one model, limits, continuing, editing, recipes, and leaving."""
+"""The page without a browser: five viewers of one model, limits, continuing, editing, recipes, and leaving.
+
+Also tests `workbench.live.recipe_card`.
+"""
 
 import json
 import re
@@ -103,6 +106,7 @@ def test_a_page_shows_both_answers_and_the_difference(server: ModelServer) -> No
         f"{a}/medium/{n}" for a in ("original", "edited") for n in (0, 1)
     ]
     assert shown._experiment is not None
+    assert shown._experiment.edited is not None
     assert json.loads(rows[3])["tokens"][-len(shown._experiment.edited.rows[1]) :] == shown._experiment.edited.rows[1]
     shown._recipe_card.show_code(recipe_python)
     assert "forbid(1, [0, 1," in shown._recipe_card._copied.value
@@ -136,6 +140,11 @@ def test_an_answer_is_continued_and_edited(nano: GptOss, server: ModelServer) ->
     answer = nano.generate([RECIPE.prompt_ids(nano)], max_new_tokens=12)[0]
     shown.run()
     finish(shown)
+    shown._tokens.widget.value = "x"
+    shown.continue_answer()
+    assert "New tokens &#x27;x&#x27;" in shown._status.object
+    assert shown._begin.value == "", "what is refused changes nothing"
+    shown._tokens.put(6)
     shown.continue_answer()
     finish(shown)
     assert shown._experiment is not None

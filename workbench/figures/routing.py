@@ -100,12 +100,14 @@ def entropy_by_layer(
     figure.update_annotations(font={"size": 13})
     in_legend: set[str] = set()
     n_experts = experts_of_layers(ds["share"].max(["channel", "effort"]).values)
+    value = "entropy_corrected" if np.isfinite(ds["entropy_corrected"].values).any() else "entropy"
     for column, label in enumerate(present, start=1):
         for line in map(str, ds[lines].values):
             cell = ds.sel({panels: label, lines: line})
             if cell["tokens"]:
                 style = {"name": line, "legendgroup": line, "showlegend": line not in in_legend}
-                for trace in _line_with_band(cell, colours.colour(lines, line), MARKERS.get(line, "circle"), style):
+                colour, symbol = colours.colour(lines, line), MARKERS.get(line, "circle")
+                for trace in _line_with_band(cell, value, colour, symbol, style):
                     figure.add_trace(trace, row=1, col=column)
                 in_legend.add(line)
         style = {"dash": "dot", "width": 1.5, "color": colours.muted}
@@ -117,10 +119,11 @@ def entropy_by_layer(
     figure.update_xaxes(title="layer", **_layer_axis(ds))
     figure.update_yaxes(title="entropy of expert load (nat)", col=1)
     figure.update_layout(legend={"title": {"text": lines}})
-    subtitle = (
-        f"Bias-corrected entropy with 95 % intervals, bootstrap over prompts; dotted: all {number_range(n_experts)} "
-        "experts equally used"
-    )
+    shown = {
+        "entropy_corrected": "Bias-corrected entropy with 95 % intervals, bootstrap over prompts",
+        "entropy": "Plug-in entropy, biased downwards: too few prompts for a correction and intervals",
+    }[value]
+    subtitle = f"{shown}; dotted: all {number_range(n_experts)} experts equally used"
     title = "How evenly experts are used, by layer, channel and effort"
     return apply_theme(figure, colours, ds, title=title, subtitle=subtitle, height=430)
 
@@ -268,8 +271,8 @@ def _limit(points: Float[np.ndarray, "cell"]) -> float:
     return next(float(step * unit) for step in (1, 1.5, 2, 3, 4, 5, 6, 8, 10) if step * unit >= largest)
 
 
-def _line_with_band(cell: xr.Dataset, colour: str, symbol: str, style: dict[str, Any]) -> list[go.Scatter]:
-    """Entropy by layer over its interval."""
+def _line_with_band(cell: xr.Dataset, value: str, colour: str, symbol: str, style: dict[str, Any]) -> list[go.Scatter]:
+    """Entropy by layer over its interval. value: the variable that is the line."""
     layers, hidden = cell["layer"].values, style | {"showlegend": False}
     names = ("entropy_low", "entropy_high", "effective_experts", "entropy_normalised")
     return [
@@ -282,7 +285,7 @@ def _line_with_band(cell: xr.Dataset, colour: str, symbol: str, style: dict[str,
         ),
         go.Scatter(
             x=layers,
-            y=cell["entropy_corrected"].values,
+            y=cell[value].values,
             mode="lines+markers",
             line={"color": colour, "width": 1.6},
             marker={"symbol": symbol, "size": 5},

@@ -95,7 +95,7 @@ class ScopeWidgets:
             for options, value in ((_CHANNELS, scope.channel), (ROLES, scope.role))
         )
         self._start, self._stop = (
-            NumberField(label, value, low=0, high=_MAX_POSITION, whole=True, empty=empty, placeholder=placeholder)
+            NumberField(label, value, low=0, high=_MAX_POSITION, integer=True, empty=empty, placeholder=placeholder)
             for label, value, empty, placeholder in (
                 ("From position", scope.start, 0, "0"),
                 ("To position", scope.stop, _MAX_POSITION, "end"),
@@ -147,7 +147,7 @@ class InterventionCard:
         self._effort = pn.widgets.Select(
             label="At effort", options=[_SAME_EFFORT, *EFFORTS], value=one.source_effort or _SAME_EFFORT, width=110
         )
-        self._feature = NumberField("Feature", one.feature, low=0, high=_MAX_FEATURE, whole=True)
+        self._feature = NumberField("Feature", one.feature, low=0, high=_MAX_FEATURE, integer=True)
         self.scope = ScopeWidgets(one.scope, "From queries" if one.kind == "knockout" else "Acts on")
         self.keys = ScopeWidgets(one.keys, "Hidden tokens")
         self._problem = pn.pane.HTML("", stylesheets=[PARTS_CSS], sizing_mode="stretch_width")

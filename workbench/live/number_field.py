@@ -13,7 +13,7 @@ _SHOWN = 40  # characters of a wrong text in an error
 
 
 class NumberField:
-    """A labelled text field for a number from `low` to `high`. whole: the number has no decimals.
+    """A labelled text field for a number from `low` to `high`. integer: the number has no decimals.
 
     empty: what an empty field means; without it an empty field is refused.
     """
@@ -25,18 +25,18 @@ class NumberField:
         *,
         low: float,
         high: float,
-        whole: bool = False,
+        integer: bool = False,
         empty: float | None = None,
         placeholder: str = "",
         width: int = 110,
     ) -> None:
-        self.label, self.low, self.high, self._whole, self._empty = label, low, high, whole, empty
+        self.label, self.low, self.high, self._integer, self._empty = label, low, high, integer, empty
         self.widget = pn.widgets.TextInput(label=label, placeholder=placeholder, max_length=1000, width=width)
         self.put(value)
 
     def put(self, value: float | None) -> None:
         """Show a number, or nothing for None."""
-        self.widget.value = "" if value is None else str(value) if self._whole else f"{value:.15g}"
+        self.widget.value = "" if value is None else str(value) if self._integer else f"{value:.15g}"
 
     def read(self) -> float:
         """Return the number, or what an empty field means.
@@ -47,15 +47,15 @@ class NumberField:
         text = str(self.widget.value).strip()
         if not text and self._empty is not None:
             return self._empty
-        pattern = _WHOLE if self._whole else _DECIMAL
+        pattern = _WHOLE if self._integer else _DECIMAL
         number: Any = None
         if pattern.fullmatch(text):
-            number = int(text) if self._whole else float(text)
+            number = int(text) if self._integer else float(text)
         if number is None or not self.low <= number <= self.high:
             shown = "is empty" if not text else f"{text[:_SHOWN]!r}"
-            kind = "whole number" if self._whole else "number"
+            kind = "whole number" if self._integer else "number"
             raise InputError(f"{self.label} {shown}: expected a {kind} {self._range()}")
-        return float(number) if not self._whole else int(number)
+        return float(number) if not self._integer else int(number)
 
     def _range(self) -> str:
         low, high = (f"{end:,}" if abs(end) < 1e15 else f"{end:g}".replace("e+", "e") for end in (self.low, self.high))

@@ -93,9 +93,9 @@ class LivePage:
         self._next = pn.widgets.Button(label="Next turn", width=110)
         self._undo = pn.widgets.Button(label="Remove the last turn", width=180, visible=False)
         self._temperature = NumberField("Temperature", 0, low=0, high=10, width=100)
-        self._seed = NumberField("Seed", 0, low=0, high=2**31 - 1, whole=True, width=100)
-        self._tokens = NumberField("New tokens", 1, low=1, high=limits.max_new_tokens, whole=True, width=100)
-        self._samples = NumberField("Samples", 1, low=1, high=limits.max_samples, whole=True, width=90)
+        self._seed = NumberField("Seed", 0, low=0, high=2**31 - 1, integer=True, width=100)
+        self._tokens = NumberField("New tokens", 1, low=1, high=limits.max_new_tokens, integer=True, width=100)
+        self._samples = NumberField("Samples", 1, low=1, high=limits.max_samples, integer=True, width=90)
         self._run, self._stop, self._continue = (
             pn.widgets.Button(label=text, width=width, color=colour)
             for text, width, colour in (("Run", 90, "primary"), ("Stop", 80, "default"), ("Continue", 100, "default"))
@@ -218,8 +218,13 @@ class LivePage:
         """Generate more from where the original answer ended."""
 
         def go() -> None:
-            self._begin.value = self._continued = str(self._begin.value) + self._answer_text()
-            self._start()
+            before, continued = str(self._begin.value), self._continued
+            self._begin.value = self._continued = before + self._answer_text()
+            try:
+                self._start()
+            except InputError:  # nothing was continued
+                self._begin.value, self._continued = before, continued
+                raise
 
         self._guarded(go)
 

@@ -30,7 +30,7 @@ link.download = name;
 link.click();
 setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 """
-_COPY = "navigator.clipboard.writeText(code.value)"
+_COPY = "navigator.clipboard?.writeText(code.value).catch(() => {})"  # a browser may not allow it
 _ABOUT = (
     "<p>The recipe is the prompt, the sampling options and the interventions. The address of this page contains it, "
     "and <code>workbench apply recipe.json</code> runs a saved one. <i>Copy as a study</i> gives the commands that "

@@ -101,7 +101,9 @@ def vectors_of(
 
 def _check_channels(one: Intervention, model: GptOss, transcripts: Sequence[Transcript]) -> None:
     """Check that both channels of a direction have tokens, before a pass over the transcripts."""
-    for name in set(CHANNEL_DIRECTIONS) & {one.toward, one.away}:
+    for name in (one.toward, one.away):
+        if name not in CHANNEL_DIRECTIONS:
+            continue
         tokens = token_set(tokenizer=model.tokenizer, channel=(name,))
         if not any(tokens(row.tokens).any() for row in transcripts):
             raise InputError(
