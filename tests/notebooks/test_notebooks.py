@@ -18,10 +18,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # Notebook → a text of its cells → what stands there in a test without --long: the same cells with fewer sequences.
 LESS_WORK = {
     "causal": {"sequences=60": "sequences=30"},
-    "methods": {
-        "sequences=60, conversations=3": "sequences=15, conversations=1",
-        'in rows if row.effort == "low"]': 'in rows if row.effort == "low"][:8]',
-    },
+    "methods": {"sequences=60, conversations=3": "sequences=15, conversations=1"},
     "experts": {
         '["task"] == task][:8]': '["task"] == task][:2]',
         "sums[::3]": "sums",
