@@ -9,7 +9,7 @@ Cost for T tokens: 6 · T · k · d_model · d_mlp multiply-adds; 3 · d_model �
 
 from collections.abc import Callable
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -165,7 +165,7 @@ def _layer(
     def apply_hook(tap: ActivationHook | None, slots: Tensor) -> Tensor:
         return slots if tap is None else tap(slots)
 
-    def launcher(rows: Tensor, matrix: object, bias: Tensor) -> ModuleType:
+    def launcher(rows: Tensor, matrix: object, bias: Tensor) -> Any:
         """Return the module whose `expert_linear` multiplies these rows: that of few rows, or that of tiles."""
         many = len(x) > _FEW_TOKENS and isinstance(matrix, Mxfp4)
         return (_tiles(rows, matrix, bias) if many else None) or products
@@ -203,7 +203,7 @@ def _linear(
     e: int,
 ) -> Float[Tensor, "number outputs"]:
     """Return these rows of x, all by default, times expert e's matrix, plus its bias."""
-    if tiles := _tiles(x, matrix, bias):
+    if isinstance(matrix, Mxfp4 | GgmlMxfp4) and (tiles := _tiles(x, matrix, bias)):
         return tiles.packed_linear(x, matrix.at(e), bias[e], rows)
     own = x if rows is None else x[rows]
     if isinstance(matrix, LoraWeight):

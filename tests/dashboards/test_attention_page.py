@@ -95,7 +95,7 @@ def test_one_model_serves_the_patterns_and_the_live_page(
     def serve(runs: list[str], **options: Any) -> None:
         seen.update(options)
         if "extra" in options:  # while the model's server is open, as in the real one
-            template = options["extra"]["live"].show({"live": "Live"})
+            template = options["extra"]["live"].show({"live": "Live"}, ())
             seen["title"], seen["main"] = template.texts["run_name"], len(template.main)
         registry = RunRegistry(runs, cache=tmp_path, model=options.get("model", "other"))
         with suppress(FileNotFoundError):  # the command that is not run writes no file

@@ -64,7 +64,7 @@ _ABOUT = {
 def left_out_fields(message: Mapping[str, Any], role: str) -> list[str]:
     """Return what of a message has no place in a prompt, in words: fields that nothing reads in a message of its role.
 
-    Reasoning, calls and a refusal are an assistant's alone; a refusal stands in for the content.
+    Reasoning, calls and a refusal are an assistant's alone; a refusal is used instead of the content.
     """
     unused = set() if role == "assistant" else set(_OF_ASSISTANTS)
     unused |= {"refusal"} if message.get("refusal") and message.get("content") else set()
