@@ -172,7 +172,7 @@ class RunRegistry:
         """Read the results of the studies of a complete run that are stored."""
         run = self.run(name)
         for record in studies(runs=1):
-            self.jobs.read_stored(record.name, [str(self._paths[name])], run.digest)
+            self.jobs.read_stored(record.name, [str(self._paths[name])], run.content_digest)
 
     @property
     def served_model(self) -> str:
