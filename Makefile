@@ -18,7 +18,7 @@ PORT ?= 5006
 INSTALL := PIP_NO_COMPILE=0 $(BIN)/python
 COMPILE := $(BIN)/python -m compileall -qq -j 0 -x '/(tests|transformers/models|moto|openai|pip|mypy)/' .venv/lib || true
 
-COMPILE_LOOPS := from workbench.kernels.cpu import layer, products, tiles; products._loops(); products._unpacking(); layer._phases(); tiles.available() and tiles._loops()
+COMPILE_LOOPS := from workbench.kernels import cpu; cpu.compile_loops()
 
 .PHONY: demo test check dashboard nano run findings paper docs
 

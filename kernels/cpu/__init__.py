@@ -120,6 +120,18 @@ def slot_steps(rows: Sequence[Tensor], *others: Tensor) -> ModuleType | None:
     return importlib.import_module("workbench.kernels.cpu.slots")
 
 
+def compile_loops() -> None:
+    """Compile all loops that this processor uses now, and not when each is first needed."""
+    layer, products, slots, tiles = (
+        importlib.import_module(f"workbench.kernels.cpu.{name}") for name in ("layer", "products", "slots", "tiles")
+    )
+    for compile_some in (products._loops, products._unpacking, layer._phases, slots._loops):
+        compile_some()
+    if tiles.available():
+        tiles._dense()
+        tiles._integer()
+
+
 def _plain(tensor: Tensor) -> bool:
     """Whether a tensor is ordinary memory that no gradient is wanted of."""
     wants_gradient = tensor.requires_grad and torch.is_grad_enabled()

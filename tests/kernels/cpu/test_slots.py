@@ -10,7 +10,7 @@ pytest.importorskip("numba")
 if cpu.unavailable():
     pytest.skip(f"the compiled kernels are not available: {cpu.unavailable()}", allow_module_level=True)
 
-from workbench.kernels.cpu import slots
+from workbench.kernels.cpu import products, slots
 
 HALF_ULP = 2.0**-8  # of bfloat16, relative
 LIMIT, ALPHA = 7.0, 1.702
@@ -70,3 +70,9 @@ def test_only_ordinary_bfloat16_is_given_to_the_loops() -> None:
     assert cpu.slot_steps((rows,), gates) is slots
     assert cpu.slot_steps((rows, rows.float())) is None
     assert cpu.slot_steps((rows.clone().requires_grad_(),)) is None
+
+
+def test_all_loops_can_be_compiled_before_they_are_needed() -> None:
+    """As `make test` does beside its first tests."""
+    cpu.compile_loops()
+    assert slots._loops.cache_info().currsize == products._loops.cache_info().currsize == 1
