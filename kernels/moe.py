@@ -95,10 +95,11 @@ def moe(
     mapped = isinstance(weights.gate_up, GgmlMxfp4)
     if mapped and len(x) > _FEW_TOKENS and _tiles(x, weights.gate_up, weights.gate_up_bias):
         products = None  # tiles take the published order, of one expert at a time, and give its results
+    by_rows = len(x) <= _FEW_TOKENS
     if any(taps) or len(x) <= _TOKENS:
-        return _layer(x, experts, gates, weights, taps, products)
+        return _layer(x, experts, gates, weights, taps, products, by_rows)
     parts = zip(x.split(_TOKENS), experts.split(_TOKENS), gates.split(_TOKENS), strict=True)
-    return torch.cat([_layer(*part, weights, taps, products) for part in parts])
+    return torch.cat([_layer(*part, weights, taps, products, by_rows) for part in parts])
 
 
 def _few(experts: Tensor, weights: Experts) -> bool:
@@ -119,9 +120,18 @@ def _tiles(x: Tensor, matrix: object, bias: Tensor) -> ModuleType | None:
 
 
 def _layer(
-    x: Tensor, experts: Tensor, gates: Tensor, weights: Experts, taps: ActivationHooks, products: ModuleType | None
+    x: Tensor,
+    experts: Tensor,
+    gates: Tensor,
+    weights: Experts,
+    taps: ActivationHooks,
+    products: ModuleType | None,
+    by_rows: bool,
 ) -> Tensor:
-    """Compute `moe` in torch, but the matrix products by the compiled `products` where these are given."""
+    """Compute `moe` in torch, but the matrix products by the compiled `products` where these are given.
+
+    by_rows: the prompt that these tokens are a part of has few; the products of others are those of tiles.
+    """
     k = experts.shape[1]
     slots = products.Slots(experts, len(weights.gate_up_bias)) if products else None
     d_mlp = weights.gate_up_bias.shape[1] // 2
@@ -167,8 +177,8 @@ def _layer(
 
     def launcher(rows: Tensor, matrix: object, bias: Tensor) -> Any:
         """Return the module whose `expert_linear` multiplies these rows: that of few rows, or that of tiles."""
-        many = len(x) > _FEW_TOKENS and isinstance(matrix, Mxfp4)
-        return (_tiles(rows, matrix, bias) if many else None) or products
+        tiled = isinstance(matrix, Mxfp4) and not by_rows
+        return (_tiles(rows, matrix, bias) if tiled else None) or products
 
     wide = torch.promote_types(x.dtype, torch.float32)
     if products or taps.gate or taps.up:

@@ -26,7 +26,7 @@ X = torch.randint(BASE.d_vocab, (2, 30), generator=torch.Generator().manual_seed
 BEFORE_LAST = slice(0, -1)
 NORMS = ("frozen", "path", "layers")
 # Of what no part explains, twice the most that is seen: 4.7e-15, 2.4e-6, 1.8e-5, and 0.16 on logits of up to 27.
-TOLERANCE = {"random, float64": 1e-14, "random, float32": 5e-6, "nano, float32": 4e-5, "nano, bfloat16": 0.32}
+TOLERANCE = {"random, float64": 1e-14, "random, float32": 5e-6, "nano, float32": 4e-5, "nano, bfloat16": 0.25}
 
 
 def parts_of(model: GptOss, generated: tuple[Tensor, list[int]], name: str, **options: Any) -> xr.Dataset:
