@@ -30,6 +30,7 @@ OUTPUTS: dict[tuple[str, str], str] = {
     ("finetune", "out"): "nano transcripts.jsonl --out OUT --steps 1 --batch 1 --rank 1",
     ("graph", "out"): "nano --prompt 2+2= --out OUT --max-new-tokens 4",
     ("apply", "out"): "recipe.json --prompts prompts.jsonl --controls 20 --out OUT",
+    ("apply", "answers"): "recipe.json --answers OUT",
     ("attention", "out"): "run.zarr 0 --model nano --out OUT",
     ("conversation", "out"): "run.zarr 0 --out OUT",
     ("publish", "out"): "run.zarr --out OUT",

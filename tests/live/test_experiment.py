@@ -181,7 +181,7 @@ def test_a_saved_recipe_runs_on_the_command_line(done: Experiment, tmp_path: Pat
         want[side]["tokens"] for side in ("original", "edited")
     ]
     answers = tmp_path / "answers.jsonl"
-    assert run_command("apply", str(file), "--dtype", "float32", "--transcripts", str(answers)).code == 0
+    assert run_command("apply", str(file), "--dtype", "float32", "--answers", str(answers)).code == 0
     rows, rejects = read_transcripts(answers, tokenizer=done.model.tokenizer)
     assert rejects == []
     assert [(row.meta["task"], row.tokens[row.n_prompt :].tolist()) for row in rows] == [
@@ -189,9 +189,9 @@ def test_a_saved_recipe_runs_on_the_command_line(done: Experiment, tmp_path: Pat
         ("edited", done.edited.tokens if done.edited else None),
     ]
     assert {row.prompt_id for row in rows} == {"prompt"}, "both answer one prompt, so that studies pair them"
-    again = run_command("apply", str(file), "--dtype", "float32", "--transcripts", str(answers))
+    again = run_command("apply", str(file), "--dtype", "float32", "--answers", str(answers))
     assert (again.code, "exists" in again.err) == (2, True)
-    assert again.out.startswith("original: "), "what was generated is printed in any case"
+    assert again.out == "", "it is refused before anything is generated"
     python = run_command("apply", str(file), "--python")
     assert (python.code, python.out) == (0, recipe_python(RECIPE))
     file.write_text('{"recipe": 1, "users": 3}')

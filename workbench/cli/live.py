@@ -20,7 +20,7 @@ from workbench.cli.options import (
     load_model,
 )
 from workbench.errors import InputError
-from workbench.outputs import check_files
+from workbench.outputs import check_files, check_output
 
 app = typer.Typer()
 Vectors = Annotated[
@@ -96,7 +96,7 @@ def apply(
     out: Annotated[
         Path | None, typer.Option(help="With --controls: write the tables (CSV, JSON) and the summary to this folder.")
     ] = None,
-    transcripts: Annotated[
+    answers: Annotated[
         Path | None,
         typer.Option(help="Write the answers as transcripts (JSONL) to this file, for `workbench capture`."),
     ] = None,
@@ -115,18 +115,16 @@ def apply(
     from workbench.research.recipe import Recipe
     from workbench.research.recipe_python import recipe_python
     from workbench.research.steering_sources import read_sources
+    from workbench.row_output import written_by
 
+    _check_together(python, prompts, controls, out, answers)
     read = Recipe.from_file(recipe)
     if python:
         print(recipe_python(read), end="")
         return
-    if controls is not None and prompts is None:
-        raise InputError("--controls needs many prompts: add --prompts with a file of prompts")
-    if out is not None and controls is None:
-        raise InputError("--out takes the results of --controls: add --controls 20")
-    if transcripts is not None and prompts is not None:
-        raise InputError("--transcripts takes the answers to the recipe's own prompt: remove --prompts")
     inputs = [path for path in (recipe, prompts) if path is not None]
+    if answers is not None:
+        check_output(answers, command="apply", inputs=inputs, overwrite=overwrite, owned=written_by("apply"))
     if out is not None:
         check_files(["generated-answers.txt"], out, command="study", inputs=inputs, overwrite=overwrite)
     sources = read_sources(vector or (), sae or ())
@@ -159,6 +157,24 @@ def apply(
         print(dumps(result_of(experiment), ensure_ascii=False))
     else:
         print(text_of(experiment))
-    if transcripts is not None:
+    if answers is not None:
         rows = map(row_of, transcripts_of(experiment))
-        write_rows(transcripts, rows, overwrite=overwrite, command="apply", inputs=inputs)
+        write_rows(answers, rows, overwrite=overwrite, command="apply", inputs=inputs)
+
+
+def _check_together(
+    python: bool, prompts: Path | None, controls: int | None, out: Path | None, answers: Path | None
+) -> None:
+    """Refuse options of `apply` that have nothing to do beside the others.
+
+    Raises:
+        InputError: an option would have no effect.
+    """
+    if python and answers is not None:
+        raise InputError("--python runs nothing, so that there are no answers: remove --answers")
+    if controls is not None and prompts is None:
+        raise InputError("--controls needs many prompts: add --prompts with a file of prompts")
+    if out is not None and controls is None:
+        raise InputError("--out takes the results of --controls: add --controls 20")
+    if answers is not None and prompts is not None:
+        raise InputError("--answers takes the answers to the recipe's own prompt: remove --prompts")
