@@ -334,8 +334,12 @@ def awaited(
         watch: Any = None
 
         def again() -> None:
-            if guarded(look) is not False and watch is not None:
-                watch.stop()
+            state = guarded(look)
+            if state is False:
+                return
+            if state is not True:  # what went wrong in looking
+                box[:] = [state]
+            watch.stop()
 
         watch = pn.state.add_periodic_callback(again, period=600)
     return box
