@@ -24,6 +24,7 @@ from workbench.harmony.flags import SEQUENCE_FLAGS
 from workbench.runs import Run
 
 WIDTH = 218  # pixels, of widgets in the sidebar
+_FAILURES = 3  # to look for results, in turn, after which the last reason is shown
 _PLAIN_ROWS = 15  # longer tables are paged
 _LONG = 32  # characters of a text that fits in a table beside two others
 _SHORT = 16  # characters of texts that stay in one line, as an interval
@@ -332,14 +333,19 @@ def awaited(
 
     if guarded(look) is False:
         watch: Any = None
+        failures = 0
 
         def again() -> None:
+            nonlocal failures
             state = guarded(look)
             if state is False:
+                failures = 0
                 return
-            if state is not True:  # what went wrong in looking
+            failures += state is not True
+            if state is True or failures == _FAILURES:
+                watch.stop()
+            if failures == _FAILURES:
                 box[:] = [state]
-            watch.stop()
 
         watch = pn.state.add_periodic_callback(again, period=600)
     return box

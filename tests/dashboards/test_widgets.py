@@ -1,11 +1,16 @@
 """Columns of a long table share its width where several have long texts; otherwise each is as wide as its content."""
 
+from collections.abc import Callable
+from types import SimpleNamespace
+
 import pandas as pd
 import panel as pn
+import pytest
 from bokeh.document import Document
 from panel.io.state import set_curdoc
 
 from workbench.dashboards import widgets
+from workbench.dashboards.study_jobs import Answer
 
 
 def test_two_columns_of_long_texts_share_the_width() -> None:
@@ -49,3 +54,36 @@ def test_several_reasons_are_a_list_and_one_is_a_sentence() -> None:
     assert several.count("<li>") == 2
     assert "<li>A, as &lt;b&gt;.</li>" in several
     assert "No results: the run has 1 effort" in widgets.unavailable("No results", "the run has 1 effort").object
+
+
+def test_a_failure_to_look_for_results_does_not_end_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    polls, stopped = list[Callable[[], None]](), list[bool]()
+    watch = SimpleNamespace(stop=lambda: stopped.append(True))
+    monkeypatch.setattr(pn.state, "add_periodic_callback", lambda again, period: polls.append(again) or watch)
+    answers: list[Answer | Exception] = [Answer(), RuntimeError("once"), Answer(), Answer({})]
+
+    def ask() -> Answer:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    box = widgets.awaited(ask, lambda results: [widgets.html("results")])
+    (again,) = polls
+    again()
+    again()
+    assert stopped == []
+    again()
+    assert (box[0].object, stopped) == ("results", [True])
+
+
+def test_a_reason_that_remains_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    polls, stopped = list[Callable[[], None]](), list[bool]()
+    watch = SimpleNamespace(stop=lambda: stopped.append(True))
+    monkeypatch.setattr(pn.state, "add_periodic_callback", lambda again, period: polls.append(again) or watch)
+    answers = iter([Answer()])
+    box = widgets.awaited(lambda: next(answers), lambda results: [])
+    for _ in range(3):
+        polls[0]()
+    assert "StopIteration" in box[0].object
+    assert stopped == [True]
