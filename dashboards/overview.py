@@ -184,7 +184,7 @@ def _difference_map(session: Session, results: Mapping[str, Mapping[str, xr.Data
     if item is None:
         return []
     name = f"{session.name}-routing_analysis_vs_final_matched"
-    return [widgets.deferred(lambda: widgets.figure(item.draw(theme=session.theme), name, item.table))]
+    return [widgets.figure(item.draw(theme=session.theme), name, item.table)]
 
 
 def answers(session: Session, results: Mapping[str, Mapping[str, xr.Dataset]], most: int = 3) -> str:

@@ -175,12 +175,8 @@ def study(
     *names: str,
     above: Sequence[str] = (),
     heading: str = "Statistical tests",
-    first: bool = False,
 ) -> list[Any]:
-    """Return the section of a study: figures, findings and methods. `above` names figures that are shown already.
-
-    first: the page begins with this section, so that its findings are shown with the page and not after it.
-    """
+    """Return the section of a study: figures, findings and methods. `above` names figures that are shown already."""
 
     def show(results: Mapping[str, xr.Dataset]) -> list[Any]:
         gallery: Gallery = registry.find(name).load_figures().gallery(results)
@@ -194,15 +190,12 @@ def study(
         pick = widgets.select("Figure", labels, first, width=420)
         shown = box()
 
-        def drawn() -> pn.Column:
+        def draw_it(*_: Any) -> None:
             key = str(pick.value)
             drawing, label = gallery[key], f"{session.name}-{name}-{key}"
-            figure = widgets.guarded(lambda: widgets.figure(drawing.draw(theme=session.theme), label, drawing.table))
+            drawn = widgets.guarded(lambda: widgets.figure(drawing.draw(theme=session.theme), label, drawing.table))
             rows = widgets.guarded(lambda: difference_table(session, drawing, label))
-            return pn.Column(figure, *(rows if isinstance(rows, list) else [rows]), sizing_mode="stretch_width")
-
-        def draw_it(*_: Any) -> None:
-            shown[:] = [widgets.deferred(drawn)]
+            shown[:] = [drawn, *(rows if isinstance(rows, list) else [rows])]
 
         def picked(*_: Any) -> None:
             session.put(figure=str(pick.value))
@@ -212,6 +205,7 @@ def study(
         pick.param.watch(picked, "value")
         return [answer, pick, shown, method]
 
-    ask = session.registry.study(name, *(names or (session.name,)), exclude=session.exclude)
-    title = widgets.html(f"<h2>{escape(heading)}</h2><p class='wb-under'>All efforts and tasks</p>")
-    return [title, widgets.awaited(ask, show) if first else widgets.deferred(lambda: widgets.awaited(ask, show))]
+    return [
+        widgets.html(f"<h2>{escape(heading)}</h2><p class='wb-under'>All efforts and tasks</p>"),
+        widgets.awaited(session.registry.study(name, *(names or (session.name,)), exclude=session.exclude), show),
+    ]

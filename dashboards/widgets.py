@@ -262,16 +262,6 @@ def guarded(body: Callable[[], Any]) -> Any:
         return alert(text, "danger")
 
 
-def deferred(body: Callable[[], Any]) -> Any:
-    """Return the content or, on a page that is not shown yet, a column that is filled once it is; see `later`."""
-    return guarded(body) if _is_shown() else later(body)
-
-
-def _is_shown() -> bool:
-    """Return whether the page of this session is on the screen; True in a notebook."""
-    return pn.state.curdoc is None or bool(pn.state.loaded)
-
-
 def later(body: Callable[[], Any]) -> pn.Column:
     """Return a column with a loading indicator that is filled after the rest of the page is shown."""
     box = pn.Column(pn.indicators.LoadingSpinner(value=True, size=28), sizing_mode="stretch_width")
@@ -281,10 +271,8 @@ def later(body: Callable[[], Any]) -> pn.Column:
 
     if pn.state.curdoc is None:  # in a notebook nothing is flushed before the cell ends
         fill()
-    elif _is_shown():
-        pn.state.add_periodic_callback(fill, period=30, count=1)
     else:
-        pn.state.onload(fill)
+        pn.state.add_periodic_callback(fill, period=30, count=1)
     return box
 
 

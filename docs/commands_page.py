@@ -84,8 +84,7 @@ def dashboard_table() -> str:
             f"{measured['machine']}; browser and server share it with other programs: its load average was "
             f"{measured['load_average'][0]} before and {measured['load_average'][1]} after. "
             f"The server's peak was {measured['server_peak_gb']:.2f} GB. The first visit of the page *Effort* is until "
-            "its headings are there: the curve of a large run comes with the study. Measured before pages showed their "
-            "text first, loaded figures later and left out unneeded scripts.",
+            "its headings are there: the curve of a large run comes with the study.",
             "",
             "| page | first visit, s | later, s |",
             "|---|---|---|",

@@ -6,8 +6,6 @@ from types import SimpleNamespace
 import pandas as pd
 import panel as pn
 import pytest
-from bokeh.document import Document
-from panel.io.state import set_curdoc
 
 from workbench.dashboards import widgets
 from workbench.dashboards.study_jobs import Answer
@@ -35,18 +33,6 @@ def test_a_column_of_links_keeps_its_values_and_shows_no_address() -> None:
     few = widgets._plain_table(rows.head(2), {"expert": ["./a?b=1&c=2", ""]}).object
     assert '<a href="./a?b=1&amp;c=2">0</a>' in few
     assert "<td>1</td>" in few, "without an address there is no link"
-
-
-def test_deferred_content_comes_after_the_page_and_at_once_on_a_page_that_is_shown() -> None:
-    document = Document()
-    with set_curdoc(document):
-        pn.state._loaded[document] = False  # as of a session whose page is not on the screen
-        box = widgets.deferred(lambda: widgets.html("content"))
-        assert isinstance(box[0], pn.indicators.LoadingSpinner)
-        pn.state._on_load(document)  # what the browser's message calls
-        assert box[0].object == "content"
-        assert widgets.deferred(lambda: widgets.html("content")).object == "content"
-    assert widgets.deferred(lambda: widgets.html("content")).object == "content"  # in a notebook
 
 
 def test_several_reasons_are_a_list_and_one_is_a_sentence() -> None:
