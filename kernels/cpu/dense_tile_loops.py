@@ -15,13 +15,12 @@ from workbench.kernels.cpu.compilation import compile_loop
 from workbench.kernels.cpu.row_loops import bfloat16_at, set_float
 from workbench.kernels.cpu.tile_jobs import (
     JOB_ROWS,
-    LEAST_ROWS,
-    MOST_ROWS,
     OUTPUTS,
     ROW_BYTES,
     ask_for_rows,
+    block_products,
+    clear,
     field,
-    inline,
     store_results,
 )
 from workbench.kernels.cpu.vectors import (
@@ -72,22 +71,19 @@ def _widen_group(typingctx, matrix, width, result):
 def _products(rows: int) -> Any:
     """Return an intrinsic: add to the sums of `rows` rows their products with a tile.
 
-    Its arguments: the addresses of the tile, of a block of inputs [input, row] and of sums [row, 32], how many inputs,
-    and 0 where the sums begin.
+    Its arguments: the addresses of the tile, of a block of inputs [input, row] and of sums [row, 32], and how many
+    inputs.
     """
 
     @intrinsic
-    def products(typingctx, tile, inputs, sums, depth, continued):
+    def products(typingctx, tile, inputs, sums, depth):
         def generate(context, b, signature, arguments):
-            tile, inputs, sums, depth, continued = arguments
+            tile, inputs, sums, depth = arguments
             multiply_add = _function(b, "llvm.fma.v16f32", _floats, _floats, _floats, _floats)
             at = [_pointer(b, _floats, sums, _int(4 * LANES * vector)) for vector in range(2 * rows)]
             totals = [cgutils.alloca_once_value(b, _repeat(_floats, 0.0)) for _ in at]
-            for total in totals:
-                b.store(_repeat(_floats, 0.0), total)
-            with b.if_then(b.icmp_unsigned("!=", continued, _int(0))):
-                for total, source in zip(totals, at, strict=True):
-                    b.store(b.load(source, align=64), total)
+            for total, source in zip(totals, at, strict=True):
+                b.store(b.load(source, align=64), total)
             with cgutils.for_range(b, depth, intp=_i64) as loop:
                 start = b.mul(loop.index, _int(ROW_BYTES))
                 weights = [b.load(_pointer(b, _floats, tile, start, _int(64 * half)), align=64) for half in (0, 1)]
@@ -101,39 +97,12 @@ def _products(rows: int) -> Any:
                 b.store(b.load(total), target, align=64)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 5), generate
+        return types.void(*[types.int64] * 4), generate
 
     return products
 
 
-_by_4, _by_5, _by_6, _by_7, _by_8, _by_9, _by_10, _by_11, _by_12 = (
-    _products(rows) for rows in range(LEAST_ROWS, MOST_ROWS + 1)
-)
-
-
-@inline
-def _add_products(tile, inputs, sums, depth, blocks, rows, continued):
-    """Add the products of all blocks of inputs with a tile; `rows` in each block."""
-    for block in range(blocks):
-        x, at = inputs + 4 * block * depth * rows, sums + block * rows * ROW_BYTES
-        if rows == 12:
-            _by_12(tile, x, at, depth, continued)
-        elif rows == 11:
-            _by_11(tile, x, at, depth, continued)
-        elif rows == 10:
-            _by_10(tile, x, at, depth, continued)
-        elif rows == 9:
-            _by_9(tile, x, at, depth, continued)
-        elif rows == 8:
-            _by_8(tile, x, at, depth, continued)
-        elif rows == 7:
-            _by_7(tile, x, at, depth, continued)
-        elif rows == 6:
-            _by_6(tile, x, at, depth, continued)
-        elif rows == 5:
-            _by_5(tile, x, at, depth, continued)
-        else:
-            _by_4(tile, x, at, depth, continued)
+_add_products = block_products(_products, 1)
 
 
 def _arrange(counter, jobs, number, most, source, width, inputs):
@@ -175,6 +144,7 @@ def _multiply(counter, memory, jobs, number, matrix, width, outputs, inputs, bia
         job, output = item // tiles, item % tiles * OUTPUTS
         blocks, rows = field(jobs, job, 3), field(jobs, job, 4)
         x = inputs + 4 * field(jobs, job, 5) * width
+        clear(sums, blocks * rows)
         for start in range(0, width, DEPTH):
             depth = min(DEPTH, width - start)
             if start + depth < width:
@@ -185,7 +155,7 @@ def _multiply(counter, memory, jobs, number, matrix, width, outputs, inputs, bia
                 for vector in range(OUTPUTS // LANES):
                     at = matrix + 2 * ((output + LANES * vector) * width + start + first)
                     _widen_group(at, width, tile + ROW_BYTES * first + 64 * vector)
-            _add_products(tile, x + 4 * start * blocks * rows, sums, depth, blocks, rows, start)
+            _add_products(tile, x + 4 * start * blocks * rows, sums, depth, blocks, rows)
         store_results(sums, jobs, job, 0, bias, outputs, output, results)
 
 

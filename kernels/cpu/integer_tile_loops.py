@@ -26,13 +26,12 @@ from numba.extending import intrinsic
 from workbench.kernels.cpu.compilation import compile_loop
 from workbench.kernels.cpu.tile_jobs import (
     JOB_ROWS,
-    LEAST_ROWS,
-    MOST_ROWS,
     OUTPUTS,
     ROW_BYTES,
     ask_for_rows,
+    block_products,
+    clear,
     field,
-    inline,
     row_at,
     store_results,
 )
@@ -167,21 +166,6 @@ def _round_group(typingctx, source, rows, result):
     return types.void(*[types.int64] * 3), generate
 
 
-@intrinsic
-def _clear(typingctx, sums, rows):
-    """Write zeros into the sums of rows."""
-
-    def generate(context, b, signature, arguments):
-        sums, rows = arguments
-        with cgutils.for_range(b, rows, intp=_i64) as loop:
-            for half in (0, 64):
-                at = _pointer(b, _floats, sums, b.mul(loop.index, _int(ROW_BYTES)), _int(half))
-                b.store(_repeat(_floats, 0.0), at, align=64)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), generate
-
-
 def _products(rows: int) -> Any:
     """Return an intrinsic: add to the sums of `rows` rows their products with a tile.
 
@@ -224,34 +208,7 @@ def _products(rows: int) -> Any:
     return products
 
 
-_by_4, _by_5, _by_6, _by_7, _by_8, _by_9, _by_10, _by_11, _by_12 = (
-    _products(rows) for rows in range(LEAST_ROWS, MOST_ROWS + 1)
-)
-
-
-@inline
-def _add_products(tile, inputs, sums, depth, blocks, rows):
-    """Add the products of all blocks of inputs with a tile of `depth` groups; `rows` in each block."""
-    for block in range(blocks):
-        x, at = inputs + 4 * GROUP_NUMBERS * block * depth * rows, sums + block * rows * ROW_BYTES
-        if rows == 12:
-            _by_12(tile, x, at, depth)
-        elif rows == 11:
-            _by_11(tile, x, at, depth)
-        elif rows == 10:
-            _by_10(tile, x, at, depth)
-        elif rows == 9:
-            _by_9(tile, x, at, depth)
-        elif rows == 8:
-            _by_8(tile, x, at, depth)
-        elif rows == 7:
-            _by_7(tile, x, at, depth)
-        elif rows == 6:
-            _by_6(tile, x, at, depth)
-        elif rows == 5:
-            _by_5(tile, x, at, depth)
-        else:
-            _by_4(tile, x, at, depth)
+_add_products = block_products(_products, GROUP_NUMBERS)
 
 
 def _arrange(counter, jobs, number, most, sources, x, groups, inputs):
@@ -295,7 +252,7 @@ def _multiply(counter, memory, jobs, number, targets, packed, scales, groups, ou
         blocks, rows = field(jobs, job, 3), field(jobs, job, 4)
         x = inputs + 4 * GROUP_NUMBERS * field(jobs, job, 5) * groups
         base = field(jobs, job, 0) * outputs + output
-        _clear(sums, blocks * rows)
+        clear(sums, blocks * rows)
         for start in range(0, groups, DEPTH):
             depth = min(DEPTH, groups - start)
             if start + depth < groups:

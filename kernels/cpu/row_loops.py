@@ -73,6 +73,12 @@ def _rounded(b: Builder, value: Value) -> Value:
     return b.bitcast(_rounded_bits(b, value), value.type)
 
 
+def _store_bfloat16(b: Builder, value: Value, *address: Value) -> None:
+    """Write 16 floats, rounded to bfloat16, at an address and offsets in bytes."""
+    bits = b.lshr(_rounded_bits(b, value), _repeat(_ints, 16))
+    b.store(b.trunc(bits, _words), _pointer(b, _words, *address), align=1)
+
+
 def _exponential(b: Builder, x: Value) -> Value:
     """Return e^x, of x between `_LEAST` and `_MOST`; NaN stays NaN."""
     multiply_add = _function(b, "llvm.fma.v16f32", _floats, _floats, _floats, _floats)

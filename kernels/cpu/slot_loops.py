@@ -5,14 +5,14 @@ read and write bfloat16, of any number of rows.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
 from workbench.kernels.cpu.compilation import compile_loop
-from workbench.kernels.cpu.row_loops import _rounded_bits, _swiglu, _widened
+from workbench.kernels.cpu.row_loops import _store_bfloat16, _swiglu, _widened
 from workbench.kernels.cpu.vectors import (
     LANES,
     Value,
@@ -23,19 +23,12 @@ from workbench.kernels.cpu.vectors import (
     _int,
     _ints,
     _load,
-    _pointer,
     _repeat,
     _words,
     take,
 )
 
 ACTIVATIONS = 2048  # that a thread takes at a time
-
-
-def _store_words(b: Any, value: Value, *address: Value) -> None:
-    """Write 16 floats, rounded to bfloat16."""
-    bits = b.lshr(_rounded_bits(b, value), _repeat(_ints, LANES))
-    b.store(b.trunc(bits, _words), _pointer(b, _words, *address), align=1)
 
 
 @intrinsic
@@ -49,7 +42,7 @@ def _activate_pairs(typingctx, pairs, limit, alpha, vectors, result):
             bits = _load(b, _ints, pairs, b.mul(loop.index, _int(4 * LANES)))
             gate = b.bitcast(b.shl(bits, _repeat(_ints, 16)), _floats)
             up = b.bitcast(b.and_(bits, _repeat(_ints, 0xFFFF0000)), _floats)
-            _store_words(b, _swiglu(b, gate, up, limit, alpha), result, b.mul(loop.index, _int(2 * LANES)))
+            _store_bfloat16(b, _swiglu(b, gate, up, limit, alpha), result, b.mul(loop.index, _int(2 * LANES)))
         return context.get_dummy_value()
 
     return types.void(types.int64, types.float32, types.float32, types.int64, types.int64), generate
@@ -72,7 +65,7 @@ def _add_slots(typingctx, slots, gates, count, width, result):
             b.store(weighted(_int(0)), total)
             with cgutils.for_range(b, b.sub(count, _int(1)), intp=_i64) as later:
                 b.store(b.fadd(b.load(total), weighted(b.add(later.index, _int(1)))), total)
-            _store_words(b, b.load(total), result, at)
+            _store_bfloat16(b, b.load(total), result, at)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 5), generate

@@ -9,16 +9,19 @@ this is for AVX-512, which has 32 registers of 16 numbers.
 Reference: K. Goto and R. van de Geijn 2008, Anatomy of high-performance matrix multiplication, for the blocking.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from workbench.kernels.cpu.row_loops import _rounded_bits, _widened
+from workbench.kernels.cpu.row_loops import _store_bfloat16, _widened
 from workbench.kernels.cpu.vectors import (
     LANES,
     _floats,
+    _i64,
     _int,
-    _ints,
     _load,
     _pointer,
     _prefetch,
@@ -38,6 +41,55 @@ inline = njit(nogil=True)
 
 
 @intrinsic
+def clear(typingctx, sums, rows):
+    """Write zeros into the sums of rows."""
+
+    def generate(context, b, signature, arguments):
+        sums, rows = arguments
+        with cgutils.for_range(b, rows, intp=_i64) as loop:
+            for half in (0, 64):
+                at = _pointer(b, _floats, sums, b.mul(loop.index, _int(ROW_BYTES)), _int(half))
+                b.store(_repeat(_floats, 0.0), at, align=64)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), generate
+
+
+def block_products(products: Callable[[int], Any], numbers: int) -> Any:
+    """Return a function of loops: add the products of all blocks of inputs with a tile to their sums [row, 32].
+
+    products: returns the intrinsic for a number of rows; its arguments are the addresses of the tile, of a block of
+    inputs and of its sums, and the depth of the tile. numbers: of 32 bits, that a row of inputs has for each of depth.
+    """
+    by_4, by_5, by_6, by_7, by_8, by_9, by_10, by_11, by_12 = map(products, range(LEAST_ROWS, MOST_ROWS + 1))
+
+    @inline
+    def add_products(tile, inputs, sums, depth, blocks, rows):
+        for block in range(blocks):
+            x, at = inputs + 4 * numbers * block * depth * rows, sums + block * rows * ROW_BYTES
+            if rows == 12:
+                by_12(tile, x, at, depth)
+            elif rows == 11:
+                by_11(tile, x, at, depth)
+            elif rows == 10:
+                by_10(tile, x, at, depth)
+            elif rows == 9:
+                by_9(tile, x, at, depth)
+            elif rows == 8:
+                by_8(tile, x, at, depth)
+            elif rows == 7:
+                by_7(tile, x, at, depth)
+            elif rows == 6:
+                by_6(tile, x, at, depth)
+            elif rows == 5:
+                by_5(tile, x, at, depth)
+            else:
+                by_4(tile, x, at, depth)
+
+    return add_products
+
+
+@intrinsic
 def _store_rounded(typingctx, sums, bias, result):
     """Write 32 sums, plus a bias of bfloat16 if its address is not 0, as bfloat16."""
 
@@ -49,8 +101,7 @@ def _store_rounded(typingctx, sums, bias, result):
             b.store(b.load(_pointer(b, _floats, sums, _int(4 * LANES * half)), align=64), total)
             with b.if_then(b.icmp_unsigned("!=", bias, _int(0))):
                 b.store(b.fadd(b.load(total), _widened(b, _load(b, _words, bias, narrow))), total)
-            bits = b.lshr(_rounded_bits(b, b.load(total)), _repeat(_ints, 16))
-            b.store(b.trunc(bits, _words), _pointer(b, _words, result, narrow), align=1)
+            _store_bfloat16(b, b.load(total), result, narrow)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 3), generate
@@ -81,9 +132,9 @@ def ask_for_rows(address, stride, size):
 
 
 @inline
-def field(jobs, job, field):
+def field(jobs, job, number):
     """Return a number of a job, in the order of `JOB_FIELDS`."""
-    return integer(jobs + 8 * (JOB_FIELDS * job + field))
+    return integer(jobs + 8 * (JOB_FIELDS * job + number))
 
 
 @inline
