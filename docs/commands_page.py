@@ -84,7 +84,8 @@ def dashboard_table() -> str:
             f"{measured['machine']}; browser and server share it with other programs: its load average was "
             f"{measured['load_average'][0]} before and {measured['load_average'][1]} after. "
             f"The server's peak was {measured['server_peak_gb']:.2f} GB. The first visit of the page *Effort* is until "
-            "its headings are there: the curve of a large run comes with the study.",
+            "its headings are there: the curve of a large run comes with the study. The command waited for headings "
+            "then; it now waits for the main result of each page.",
             "",
             "| page | first visit, s | later, s |",
             "|---|---|---|",
