@@ -48,11 +48,6 @@ def test_a_study_is_made_beside_kept_and_read_back(tmp_path: Path, run: Run) -> 
     second._make = lambda *_: pytest.fail("made again")  # type: ignore[method-assign]
     assert wait_for(second, "effort", [run.path], run.digest).datasets is not None
     second.close()
-    third = StudyJobs(tmp_path)  # as of a server that starts: it reads what is stored and makes nothing
-    for study in ("effort", "routing"):
-        third.read_stored(study, [run.path], run.digest)
-    assert [study for study, _ in third._made] == ["effort"]
-    third.close()
 
 
 def test_what_a_run_cannot_carry_is_said_and_half_a_study_is_not_kept(tmp_path: Path, run: Run) -> None:
