@@ -292,18 +292,18 @@ def _arrange(counter, jobs, number, most, sources, x, groups, limited, inputs):
         if block >= blocks:
             continue
         before = inputs + 4 * GROUP_NUMBERS * field(jobs, job, 5) * groups
-        for row in range(rows):
-            position = first + min(block * rows + row, count - 1)
-            at = x + 2 * GROUP * groups * row_at(sources, position)
-            for start in range(0, groups, DEPTH):
-                depth = min(DEPTH, groups - start)
-                target = before + 4 * (GROUP_NUMBERS * rows * (start * blocks + block * depth) + row)
+        for start in range(0, groups, DEPTH):
+            depth = min(DEPTH, groups - start)
+            target = before + 4 * GROUP_NUMBERS * rows * (start * blocks + block * depth)
+            for row in range(rows):
+                position = first + min(block * rows + row, count - 1)
+                source = x + 2 * GROUP * (groups * row_at(sources, position) + start)
                 for group in range(depth):
-                    source, result = at + 2 * GROUP * (start + group), target + 4 * GROUP_NUMBERS * rows * group
+                    at, result = source + 2 * GROUP * group, target + 4 * (GROUP_NUMBERS * rows * group + row)
                     if limited:
-                        _round_limited_group(source, rows, result)
+                        _round_limited_group(at, rows, result)
                     else:
-                        _round_group(source, rows, result)
+                        _round_group(at, rows, result)
 
 
 def _multiply(counter, memory, jobs, number, targets, packed, scales, groups, outputs, inputs, bias, results):
