@@ -59,10 +59,13 @@ def dense_linear(
     weight: BFloat16[Tensor, "outputs inputs"],
     bias: BFloat16[Tensor, " outputs"] | None,
 ) -> BFloat16[Tensor, "rows outputs"]:
-    """Return x times the transposed matrix, plus the bias; in integers if there are more than `FEW_ROWS` rows."""
+    """Return x times the transposed matrix, plus the bias.
+
+    More than `FEW_ROWS` rows are multiplied in integers, if the processor needs one instruction for it.
+    """
     x = x.contiguous()
     results, width = x.new_empty(len(x), len(weight)), x.shape[1]
-    in_integers = len(x) > FEW_ROWS
+    in_integers = len(x) > FEW_ROWS and vectors.adds_products_of_words()
     for start in range(0, len(x), _JOB_ROWS):
         some, target = x[start : start + _JOB_ROWS], results[start : start + _JOB_ROWS]
         jobs = _jobs([(0, 0, len(some))])

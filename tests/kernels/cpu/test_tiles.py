@@ -15,8 +15,9 @@ pytest.importorskip("numba")
 if cpu.unavailable():
     pytest.skip(f"the compiled kernels are not available: {cpu.unavailable()}", allow_module_level=True)
 
-from workbench.kernels.cpu import products, tiles
+from workbench.kernels.cpu import products, tiles, vectors
 
+integers = pytest.mark.skipif(not vectors.adds_products_of_words(), reason="needs AVX-512 VNNI")
 if not tiles.available():
     pytest.skip("tiles need AVX-512", allow_module_level=True)
 
@@ -83,7 +84,8 @@ def test_expert_products_equal_float64(tokens: int, number_of_threads: int) -> N
     assert torch.equal(tiles.expert_linear(x.repeat_interleave(3, 0), weight, bias, slots), got)
 
 
-def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
+@integers
+def test_a_row_does_not_depend_on_the_rows_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
     x, matrix = normal(600, 288).bfloat16(), normal(96, 288, seed=1).bfloat16()
     packed = Mxfp4(*quantise(matrix.float()))
     complete, unpacked = tiles.dense_linear(x, matrix, None), tiles.packed_linear(x, packed)
@@ -95,6 +97,8 @@ def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
     for rows in (slice(0, 1), slice(7, 20)):
         assert torch.equal(tiles.dense_linear(x[rows], matrix, None), few[rows])
     assert not torch.equal(few, complete[:32])
+    monkeypatch.setattr(vectors, "adds_products_of_words", lambda: False)
+    assert torch.equal(tiles.dense_linear(x, matrix, None)[:32], few)
 
 
 def test_rows_that_are_chosen_are_multiplied_in_their_order() -> None:
@@ -141,6 +145,7 @@ def test_every_byte_under_every_scale_is_exact() -> None:
     assert not torch.equal(exchanged[usable], want[usable])
 
 
+@integers
 def test_nan_and_infinity_stay_in_their_rows() -> None:
     x, matrix = normal(20, 64).bfloat16(), normal(32, 64, seed=1).bfloat16()
     x[3, 5], x[11, 0] = torch.nan, torch.inf
@@ -197,6 +202,7 @@ def group_sizes(x: Tensor) -> Tensor:
     return x.double().unflatten(-1, (-1, 32)).abs().sum(-1)
 
 
+@integers
 @pytest.mark.parametrize("outlier", [1.0, 100.0, 30000.0])
 @pytest.mark.parametrize("alike", [False, True])
 def test_dense_products_lose_less_than_bfloat16_does(outlier: float, alike: bool) -> None:
@@ -216,6 +222,7 @@ def test_dense_products_lose_less_than_bfloat16_does(outlier: float, alike: bool
         assert ((eight_bits(x) @ eight_bits(matrix).mT - want).abs() > allowed).any()
 
 
+@integers
 def test_dense_numbers_of_similar_size_are_exact() -> None:
     """Integers from 1 to 127 in groups, times powers of two: a sum is rounded once, to bfloat16."""
     rng = torch.Generator().manual_seed(0)
@@ -226,6 +233,7 @@ def test_dense_numbers_of_similar_size_are_exact() -> None:
     assert not torch.equal(got, (eight_bits(x) @ matrix.double().mT * 4).bfloat16())
 
 
+@integers
 def test_nan_and_infinity_of_a_matrix_stay_in_their_outputs() -> None:
     x, matrix = normal(40, 64).bfloat16(), normal(64, 64, seed=1).bfloat16()
     matrix[3, 5], matrix[44, 0] = torch.nan, torch.inf
