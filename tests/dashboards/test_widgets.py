@@ -60,7 +60,7 @@ def test_deferred_content_comes_after_the_page_and_at_once_on_a_page_that_is_sho
 def test_results_that_come_before_a_page_is_shown_are_put_on_it_afterwards(
     waits: bool, browser: Browser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A browser has fetched the page and tells late that it shows it. The negative control does not wait for this."""
+    """A browser has fetched the page and sends late that it shows it. The negative control does not wait for this."""
     if not waits:
         monkeypatch.setattr(widgets, "when_shown", lambda change: change())
     asked, late = list[float](), list[Callable[[], None]]()
