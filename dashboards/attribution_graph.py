@@ -21,7 +21,7 @@ from workbench.figures.template import ThemeName
 
 _PAGE = Path(__file__).with_name("graph.html")
 HEIGHT = 760
-VIEW = ("threshold", "pins", "groups", "node")  # what can be chosen in the frame
+VIEW = ("threshold", "pins", "groups", "labels", "subgraph", "node")  # what can be chosen in the frame
 MOST_NODES, MOST_EDGES = 3_000, 12_000  # that are drawn; of more, those with the largest influence or weight
 OURS = "gpt-oss"  # the scan of files that `workbench graph` wrote before it marked its influences as cumulative
 # of a node in the format, as they are written to the JSON that the page saves

@@ -32,6 +32,7 @@ _MEASURE_UNITS = {
     "tokens before divergence": "share of tokens",
     "routing flips": "share of routed slots",
 }
+_OF_ONE_GRAPH = ("pins", "groups", "labels", "subgraph", "node")  # another graph has other nodes
 _STACKED = 3  # figures of an experiment that are shown below each other
 
 
@@ -229,7 +230,7 @@ def graph(session: Session) -> Page:
     def show(*_: Any) -> None:
         before = session.choice.text("graph")
         if before != str(pick.value):
-            session.put(graph=str(pick.value), **({"pins": "", "groups": "", "node": ""} if before else {}))
+            session.put(graph=str(pick.value), **(dict.fromkeys(_OF_ONE_GRAPH, "") if before else {}))
         chosen = {name: session.choice.text(name) for name in attribution_graph.VIEW if session.choice.text(name)}
 
         def body() -> Any:

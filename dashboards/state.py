@@ -57,6 +57,8 @@ class Selection:
         "threshold",
         "pins",
         "groups",
+        "labels",
+        "subgraph",
         "node",
         "token",
         "neuron",
