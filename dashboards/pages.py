@@ -81,7 +81,8 @@ def effort(session: Session) -> Page:
     efforts = session.registry.efforts(name, session.exclude)
     if len(efforts) < 2:
         known = f"all transcripts of {name} have the effort {efforts[0]}" if efforts else f"{name} names none"
-        text = f"This page compares at least two, and {known}. Generate answers to the same prompts at every effort, and capture them:"
+        text = f"This page compares at least two, and {known}. "
+        text += "Generate answers to the same prompts at every effort, and capture them:"
         command = "workbench generate MODEL PROMPTS.jsonl ANSWERS.jsonl --effort low --effort medium --effort high"
         return Page(
             [], [widgets.html(content.about(run)), widgets.empty_state("Fewer than two efforts", text, command)]
