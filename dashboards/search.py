@@ -177,7 +177,7 @@ def conversations(
 
     text: contained in the id, the answer, or the tokens of the channel. expert: sort by the share of tokens (of the
     channel) that are routed to this (layer, expert), largest first. order: "longest" or "shortest" first, else as
-    captured; the label states what the list is sorted by.
+    captured; the label states the share or the number of tokens that the list is sorted by.
     """
     table = run.sequences
     wanted = pd.Series(True, index=table.index)
@@ -205,7 +205,7 @@ def conversations(
     if share is not None:
         labels = [f"{label}  {100 * share[number]:.1f} %" for label, number in zip(labels, rows.index, strict=True)]
     elif order in _LENGTHS:
-        labels = [f"{label}  {length:,} tokens" for label, length in zip(labels, rows["length"], strict=True)]
+        labels = [f"{label} ({length:,})" for label, length in zip(labels, rows["length"], strict=True)]
     return dict(zip(labels, rows.index.tolist(), strict=True))
 
 

@@ -114,10 +114,10 @@ def test_a_graph_is_explored_and_its_view_is_in_the_link(stored: str, browser: B
     assert again.locator(".node.pin").count() == 1
     assert again.locator(f".node.pin.now[data-i='{expert}']").count() == 1
     expect(again.locator("#side").get_by_role("heading", name="adds 'a' + 100 %")).to_be_visible()
-    expect(again.locator("#shown")).to_have_text("5 of 5, 100 % of the influence")
+    expect(again.locator("#shown")).to_have_text("5 of 5, 100 % of their influence")
     again.get_by_label("Pinned only").check()
     assert again.locator(".node").count() == 2, "the pinned one, and the target"
-    expect(again.locator("#shown")).to_have_text("2 of 5, 50 % of the influence")
+    expect(again.locator("#shown")).to_have_text("2 of 5, 50 % of their influence")
     again.page.wait_for_url(re.compile("subgraph=1"))
     again.get_by_label("Pinned only").uncheck()
     again.locator("#threshold").evaluate("e => { e.value = 20; e.oninput(); }")

@@ -80,7 +80,7 @@ def test_conversations_are_ordered_by_their_length(run: Run) -> None:
         ordered = search.conversations(run, effort="high", order=order)
         expected = sorted(run.sequences.index[run.sequences["effort"] == "high"], key=lambda n: lengths[n])
         assert [lengths[n] for n in ordered.values()] == [lengths[n] for n in expected[:: -1 if longest_first else 1]]
-        assert all(label.endswith(f"  {lengths[n]:,} tokens") for label, n in ordered.items())
+        assert all(label.endswith(f" ({lengths[n]:,})") for label, n in ordered.items())
     captured = list(search.conversations(run, effort="high").values())
     assert captured == sorted(captured), "negative control: as captured"
     assert [lengths[n] for n in captured] != sorted(lengths[captured])
