@@ -2,6 +2,9 @@
 
 import errno
 import resource
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,3 +78,20 @@ def test_a_lack_of_memory_is_no_damage_of_a_run(
     limit[0] = resource.RLIM_INFINITY  # negative controls: then it is what damaged metadata ask for
     raise_if_limited(MemoryError())
     assert "can't start new thread" in verify(demo_run)[0].what
+
+
+@pytest.mark.parametrize("ends", [True, False])
+def test_a_process_does_not_wait_for_a_thread_without_end(ends: bool) -> None:
+    """The negative control waits, and is killed."""
+    code = "import threading, workbench.memory as m; " + ("m.end_within(1); " if ends else "")
+    code += "threading.Thread(target=threading.Event().wait).start(); print(flush=True)"
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    try:
+        assert process.wait(60 if ends else 3) == -signal.SIGALRM
+    except subprocess.TimeoutExpired:
+        assert not ends
+    finally:
+        process.kill()
+        process.communicate()

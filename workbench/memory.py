@@ -2,12 +2,14 @@
 
 import errno
 import resource
+import signal
+import threading
 from collections.abc import Iterator
 
 from workbench.errors import InputError, JobError
 
 _LEAST_BYTES = 768 * 2**20  # below, numpy's OpenBLAS ends the process or sends itself SIGINT when it is imported
-MODEL_BYTES = 2 * 2**30  # of addresses, which threads reserve: with less, a pass of a model ends the process
+MODEL_BYTES = 5 * 2**29  # of addresses, which threads reserve: with less, a pass of a model ends the process
 _TEXTS = (
     "allocate memory",
     "not enough memory",
@@ -65,3 +67,13 @@ def refuse_small_limit(least: int = _LEAST_BYTES) -> None:
             f"memory is limited to {limit // 2**20:,} MiB (ulimit -v); this command needs at least "
             f"{least // 2**20:,} MiB: raise the limit"
         )
+
+
+def end_within(seconds: int) -> None:
+    """End the process by SIGALRM if it waits longer than this for its threads when it exits.
+
+    A thread that lacked memory, or could not be started, may be waited for without end: a command then stays after
+    its error.
+    """
+    # what `concurrent.futures` uses: it is called before the threads are waited for, `atexit` only afterwards
+    threading._register_atexit(signal.alarm, seconds)  # type: ignore[attr-defined]

@@ -19,7 +19,7 @@ from workbench.bench.command import app as bench
 from workbench.cli import finetuning, graphs, labels, live, models, pipeline, results, sharing
 from workbench.cli.control_characters import visible, visible_controls
 from workbench.errors import InputError, JobError
-from workbench.memory import lack_of_memory, refuse_small_limit
+from workbench.memory import end_within, lack_of_memory, refuse_small_limit
 from workbench.version import version
 
 app = typer.Typer(
@@ -136,6 +136,7 @@ def _run() -> int:
     except BaseException as error:  # Rust libraries raise one that is no Exception
         if (lack := lack_of_memory(error)) is None:
             raise
+        end_within(seconds=30)
         reason = f" ({lack})" if str(lack) else ""
         raise JobError(f"not enough memory: use smaller numbers, or another machine{reason}") from error
     if code == _INTERRUPT_CODE:  # typer returns it for Ctrl-C and shows nothing
