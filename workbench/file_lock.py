@@ -19,7 +19,9 @@ from typing import Any
 try:
     import fcntl
 except ImportError as error:
-    raise ImportError("files are locked with flock, which Windows lacks: install and run the workbench in WSL") from error
+    raise ImportError(
+        "files are locked with flock, which Windows lacks: install and run the workbench in WSL"
+    ) from error
 
 from workbench.bounded_json import parse_json
 from workbench.errors import InputError
