@@ -21,6 +21,9 @@ from workbench.runs import Run
 from workbench.studies import quick_look
 from workbench.studies.quick_look import ALL
 
+# what `workbench capture --record` takes by its name alone
+_WITHOUT_OPTIONS = ("routing", "router_logits", "sinks", "sink_sums", "logprobs", "examples", "neurons")
+
 
 @dataclass
 class Session:
@@ -156,12 +159,21 @@ def missing_record(record: registry.Record, run: Run) -> Any:
     try:
         record.check_recorded(run)
     except InputError as error:
-        reason, _, remedy = str(error).rpartition(": ")
-        needed = " and ".join(record.requires)
-        command = f"workbench capture MODEL TRANSCRIPTS RUN.zarr {remedy.removeprefix('capture again with ')}"
-        title = f"This run has no recorded {needed}"
-        return widgets.empty_state(title, f"{reason}. Capture again with:", command)
+        remedy = str(error).rpartition(": ")[2].removeprefix("capture again with ")
+        return not_recorded(run, " and ".join(record.requires), remedy)
     return None
+
+
+def not_recorded(run: Run, needed: str, remedy: str) -> Any:
+    """Return what a page shows if a run lacks a quantity: the command that records it, and again what the run has.
+
+    remedy: options of `workbench capture`, as "--record sinks".
+    """
+    again = [name for name in run.recorded if name in _WITHOUT_OPTIONS and f"--record {name}" not in remedy]
+    options = " ".join([*(f"--record {name}" for name in again), remedy])
+    text = f"It recorded {', '.join(run.recorded) or 'nothing'}. Capture the same transcripts into another run:"
+    command = f"workbench capture MODEL TRANSCRIPTS RUN.zarr {options}"
+    return widgets.empty_state(f"This run has no recorded {needed}", text, command)
 
 
 def box() -> pn.Column:
@@ -175,8 +187,12 @@ def study(
     *names: str,
     above: Sequence[str] = (),
     heading: str = "Statistical tests",
+    first: bool = False,
 ) -> list[Any]:
-    """Return the section of a study: figures, findings and methods. `above` names figures that are shown already."""
+    """Return the section of a study: figures, findings and methods. `above` names figures that are shown already.
+
+    first: the page begins with this section, so that its findings are shown with the page and not after it.
+    """
 
     def show(results: Mapping[str, xr.Dataset]) -> list[Any]:
         gallery: Gallery = registry.find(name).load_figures().gallery(results)
@@ -190,12 +206,15 @@ def study(
         pick = widgets.select("Figure", labels, first, width=420)
         shown = box()
 
-        def draw_it(*_: Any) -> None:
+        def drawn() -> pn.Column:
             key = str(pick.value)
             drawing, label = gallery[key], f"{session.name}-{name}-{key}"
-            drawn = widgets.guarded(lambda: widgets.figure(drawing.draw(theme=session.theme), label, drawing.table))
+            figure = widgets.guarded(lambda: widgets.figure(drawing.draw(theme=session.theme), label, drawing.table))
             rows = widgets.guarded(lambda: difference_table(session, drawing, label))
-            shown[:] = [drawn, *(rows if isinstance(rows, list) else [rows])]
+            return pn.Column(figure, *(rows if isinstance(rows, list) else [rows]), sizing_mode="stretch_width")
+
+        def draw_it(*_: Any) -> None:
+            shown[:] = [widgets.deferred(drawn)]
 
         def picked(*_: Any) -> None:
             session.put(figure=str(pick.value))
@@ -205,7 +224,6 @@ def study(
         pick.param.watch(picked, "value")
         return [answer, pick, shown, method]
 
-    return [
-        widgets.html(f"<h2>{escape(heading)}</h2><p class='wb-under'>All efforts and tasks</p>"),
-        widgets.awaited(session.registry.study(name, *(names or (session.name,)), exclude=session.exclude), show),
-    ]
+    ask = session.registry.study(name, *(names or (session.name,)), exclude=session.exclude)
+    title = widgets.html(f"<h2>{escape(heading)}</h2><p class='wb-under'>All efforts and tasks</p>")
+    return [title, widgets.awaited(ask, show) if first else widgets.deferred(lambda: widgets.awaited(ask, show))]

@@ -165,7 +165,9 @@ def _long_table(rows: pd.DataFrame, links: Mapping[str, Sequence[str]]) -> pn.wi
         pagination="local",
         page_size=_PLAIN_ROWS,
         sizing_mode="stretch_width",
-        formatters={column: {"type": "plaintext"} for column in texts}
+        formatters={
+            column: {"type": "plaintext" if _widest(rows[column]) <= 2 * _LONG else "textarea"} for column in texts
+        }
         | {column: _decimals(rows[column]) for column in rows.columns if rows[column].dtype.kind == "f"}
         | {column: {"type": "link", "urlField": url, "labelField": text} for column, (url, text) in hidden.items()},
         configuration={"columnDefaults": {"minWidth": 60}},
@@ -177,11 +179,14 @@ def _long_table(rows: pd.DataFrame, links: Mapping[str, Sequence[str]]) -> pn.wi
 
 
 def _shared_width(rows: pd.DataFrame, texts: Sequence[str]) -> dict[str, str]:
-    """Return widths of columns in % by name, so that none is out of sight; {} if all texts fit beside each other."""
+    """Return widths of columns in % by name, so that none is out of sight; {} if all texts fit beside each other.
+
+    Numbers alone share the width, too: the last column would take all that is left of it, far from its heading.
+    """
     lengths = {c: max(len(str(c)), _widest(rows[c]) if c in texts else 0) for c in rows.columns}
     # headings of numbers are broken into lines
     sizes = {c: min(max(length, 8), 2 * _LONG) if c in texts else 13 for c, length in lengths.items()}
-    if sum(sizes.values()) <= 3 * _LONG:
+    if texts and sum(sizes.values()) <= 3 * _LONG:
         return {}
     return {c: f"{100 * size / sum(sizes.values()):.1f}%" for c, size in sizes.items()}
 
@@ -262,6 +267,11 @@ def guarded(body: Callable[[], Any]) -> Any:
         return alert(text, "danger")
 
 
+def deferred(body: Callable[[], Any]) -> Any:
+    """Return the content or, on a page that is not shown yet, a column that is filled once it is; see `later`."""
+    return guarded(body) if pn.state.loaded else later(body)
+
+
 def later(body: Callable[[], Any]) -> pn.Column:
     """Return a column with a loading indicator that is filled after the rest of the page is shown."""
     box = pn.Column(pn.indicators.LoadingSpinner(value=True, size=28), sizing_mode="stretch_width")
@@ -269,11 +279,20 @@ def later(body: Callable[[], Any]) -> pn.Column:
     def fill() -> None:
         box[:] = [guarded(body)]
 
-    if pn.state.curdoc is None:  # in a notebook nothing is flushed before the cell ends
-        fill()
-    else:
+    if pn.state.curdoc is not None and pn.state.loaded:
         pn.state.add_periodic_callback(fill, period=30, count=1)
+    else:  # in a notebook nothing is flushed before the cell ends
+        when_shown(fill)
     return box
+
+
+def when_shown(change: Callable[[], Any]) -> None:
+    """Change the page now or, if the browser does not show it yet, once it does.
+
+    Panel sends no change to a browser that has fetched a page and not shown it yet (1.9, `hold`), so that what is
+    ready in this time would never be seen.
+    """
+    pn.state.onload(change)
 
 
 def folded(title: str, body: Callable[[], Any], *, note: str = "") -> pn.Card:
@@ -335,7 +354,15 @@ def awaited(
             if failures == _FAILURES:
                 box[:] = [state]
 
-        watch = pn.state.add_periodic_callback(again, period=600)
+        fetched = not pn.state.loaded  # the results may come while the browser fetches the page
+
+        def begin() -> None:
+            nonlocal watch
+            watch = pn.state.add_periodic_callback(again, period=600)
+            if fetched:
+                again()
+
+        when_shown(begin)
     return box
 
 
