@@ -20,7 +20,7 @@ from tornado.websocket import WebSocketClosedError
 from workbench.dashboards import content, widgets
 from workbench.dashboards.access import answer_unknown, checked_origins, guard, login_options
 from workbench.dashboards.layout import PageTemplate, missing_page, page_template
-from workbench.dashboards.pages import absent_pages, made, page_titles
+from workbench.dashboards.pages import FIGURE_FIRST, absent_pages, made, page_titles
 from workbench.dashboards.session import Session
 from workbench.dashboards.state import RunRegistry, Selection
 from workbench.errors import InputError
@@ -86,6 +86,7 @@ def _template(
         theme=session.theme,
         one_path=one_path,
         absent=absent_pages(session),
+        figure_first=page in FIGURE_FIRST,
     )
 
 
@@ -226,6 +227,7 @@ def _warm(registry: RunRegistry) -> None:
         run = registry.run(name)
         if run.status != "complete":  # it is opened again for each visitor
             continue
+        widgets.guarded(partial(registry.read_stored_studies, name))
         widgets.guarded(registry.ask_costs(name) if not registry.is_large(name) else partial(quick_look.tokens, run))
         widgets.guarded(partial(content.tokens_by_role, run))
         if "routing" in run.recorded:

@@ -55,7 +55,7 @@ def _cells(session: Session, cells: Cells, folded: Callable[[Selectors], Any] | 
 
     def show_one() -> None:
         title = f"<h2>Layer {chosen['layer']}, {cells.column} {chosen[cells.column]}</h2>"
-        one[:] = [widgets.html(title), widgets.guarded(lambda: cells.one(session, chosen))]
+        one[:] = [widgets.html(title), widgets.deferred(lambda: cells.one(session, chosen))]
 
     def show_more() -> None:
         if folded is not None:

@@ -1,17 +1,20 @@
 """The frame of a page: header with the run, navigation, sidebar and main area. The look is in `theme`."""
 
 from collections.abc import Collection, Mapping
+from contextlib import nullcontext
 from html import escape
 from pathlib import Path
 from typing import Any, ClassVar
 
 import panel as pn
 import param
+from bokeh.document import Document
 from panel.io.resources import LOCAL_DIST
 from panel.template.base import BasicTemplate
 from panel.theme import Design
 
 from workbench.dashboards import theme as look
+from workbench.dashboards.page_scripts import page_scripts
 from workbench.figures.template import ThemeName
 
 # the navigation: headings, and the pages under each; pages that no group names, as of other packages, come last
@@ -37,6 +40,12 @@ class PageTemplate(BasicTemplate):
         super()._update_vars(*args)
         self._render_variables.update(self.texts)
 
+    def _init_doc(self, doc: Document | None = None, *args: Any, **options: Any) -> Document:
+        """Fill the document; its models are collected once at the end, not again for each part of the page."""
+        document = doc or pn.state.curdoc
+        with document.models.freeze() if document is not None else nullcontext():
+            return super()._init_doc(document, *args, **options)
+
 
 def page_template(
     page: str,
@@ -49,12 +58,14 @@ def page_template(
     theme: ThemeName = "light",
     one_path: bool = False,
     absent: Collection[str] = (),
+    figure_first: bool = False,
 ) -> PageTemplate:
     """Return a page in its frame.
 
     titles: of all pages by address. query: of the page's own address. one_path: the page is named in the query.
-    absent: addresses of pages for which the run recorded nothing.
+    absent: addresses of pages for which the run recorded nothing. figure_first: the page begins with a figure.
     """
+    served = pn.state.curdoc is not None and pn.state.curdoc.session_context is not None
     _load_styles_from_this_server()
     return PageTemplate(
         title=escape(f"{run_name}: {titles[page]} – gpt-oss workbench"),
@@ -71,6 +82,7 @@ def page_template(
             "query": escape(query),
             "one_path": "true" if one_path else "false",
             "alone": "wb-alone" if len(titles) == 1 and not sidebar else "",
+            **({"scripts": page_scripts(figure_first)} if served else {}),
         },
     )
 

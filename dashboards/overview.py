@@ -37,7 +37,7 @@ def overview(session: Session) -> Page:
             head.object = theme.note(str(error), "danger")
 
     if run.status != "complete":
-        pn.state.add_periodic_callback(refresh, period=2000)
+        widgets.when_shown(lambda: pn.state.add_periodic_callback(refresh, period=2000))
 
     def accuracy() -> Any:
         rows = content.accuracy_by_effort(run)
@@ -184,7 +184,7 @@ def _difference_map(session: Session, results: Mapping[str, Mapping[str, xr.Data
     if item is None:
         return []
     name = f"{session.name}-routing_analysis_vs_final_matched"
-    return [widgets.figure(item.draw(theme=session.theme), name, item.table)]
+    return [widgets.deferred(lambda: widgets.figure(item.draw(theme=session.theme), name, item.table))]
 
 
 def answers(session: Session, results: Mapping[str, Mapping[str, xr.Dataset]], most: int = 3) -> str:

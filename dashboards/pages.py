@@ -58,16 +58,16 @@ def channels(session: Session) -> Page:
             )
 
         raw[:] = [
-            *([widgets.guarded(lambda: body(quick_look.routing, "load"))] if "routing" in run.recorded else []),
+            *([widgets.deferred(lambda: body(quick_look.routing, "load"))] if "routing" in run.recorded else []),
             *(
-                [widgets.guarded(lambda: body(quick_look.sinks, "mass"))]
+                [widgets.deferred(lambda: body(quick_look.sinks, "mass"))]
                 if {"sinks", "sink_sums"} & set(run.recorded)
                 else []
             ),
         ]
 
     chosen.watch(show, "effort", "task")
-    tested = study(session, "channels", heading="Tested differences")
+    tested = study(session, "channels", heading="Tested differences", first=True)
     title = widgets.html(
         "<h2>Load and sinks by channel</h2><p class='wb-under'>Pooled over all tokens of the selected effort and task, "
         "not tested</p>"
@@ -153,11 +153,11 @@ def compare(session: Session) -> Page:
     def another(*_: Any) -> None:
         session.put(**{"with": str(pick.value)})
         show()
-        tested[:] = study(session, "compare", name, str(pick.value))
+        tested[:] = study(session, "compare", name, str(pick.value), first=True)
 
     chosen.watch(show, "channel", "effort", "task")
     pick.param.watch(another, "value")
-    tested[:] = study(session, "compare", name, str(pick.value))
+    tested[:] = study(session, "compare", name, str(pick.value), first=True)
     return Page([pick, *chosen.sidebar()], [about, tested, shown])
 
 
@@ -177,6 +177,8 @@ _OWN_PAGES: Mapping[str, Callable[[Session], Page]] = {
     "causal": causal,
     "graph": graph,
 }
+# the pages that begin with a figure; others begin with text, a table or a frame, and their figures come later
+FIGURE_FIRST = frozenset({"experts", "sinks", "effort"})
 _BEFORE = {"overview": "Overview"}
 _AFTER = {
     "transcript": "Conversations",
@@ -214,7 +216,7 @@ def study_page(session: Session, page: str) -> Page:
     ]
     if (missing := missing_record(record, session.run)) is not None:
         return Page([], [*about, missing])
-    return Page([], [*about, *study(session, record.name, *names, heading="Results")])
+    return Page([], [*about, *study(session, record.name, *names, heading="Results", first=True)])
 
 
 def _study_of(page: str) -> registry.Study:

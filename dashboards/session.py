@@ -187,8 +187,12 @@ def study(
     *names: str,
     above: Sequence[str] = (),
     heading: str = "Statistical tests",
+    first: bool = False,
 ) -> list[Any]:
-    """Return the section of a study: figures, findings and methods. `above` names figures that are shown already."""
+    """Return the section of a study: figures, findings and methods. `above` names figures that are shown already.
+
+    first: the page begins with this section, so that its findings are shown with the page and not after it.
+    """
 
     def show(results: Mapping[str, xr.Dataset]) -> list[Any]:
         gallery: Gallery = registry.find(name).load_figures().gallery(results)
@@ -202,12 +206,15 @@ def study(
         pick = widgets.select("Figure", labels, first, width=420)
         shown = box()
 
-        def draw_it(*_: Any) -> None:
+        def drawn() -> pn.Column:
             key = str(pick.value)
             drawing, label = gallery[key], f"{session.name}-{name}-{key}"
-            drawn = widgets.guarded(lambda: widgets.figure(drawing.draw(theme=session.theme), label, drawing.table))
+            figure = widgets.guarded(lambda: widgets.figure(drawing.draw(theme=session.theme), label, drawing.table))
             rows = widgets.guarded(lambda: difference_table(session, drawing, label))
-            shown[:] = [drawn, *(rows if isinstance(rows, list) else [rows])]
+            return pn.Column(figure, *(rows if isinstance(rows, list) else [rows]), sizing_mode="stretch_width")
+
+        def draw_it(*_: Any) -> None:
+            shown[:] = [widgets.deferred(drawn)]
 
         def picked(*_: Any) -> None:
             session.put(figure=str(pick.value))
@@ -217,7 +224,6 @@ def study(
         pick.param.watch(picked, "value")
         return [answer, pick, shown, method]
 
-    return [
-        widgets.html(f"<h2>{escape(heading)}</h2><p class='wb-under'>All efforts and tasks</p>"),
-        widgets.awaited(session.registry.study(name, *(names or (session.name,)), exclude=session.exclude), show),
-    ]
+    ask = session.registry.study(name, *(names or (session.name,)), exclude=session.exclude)
+    title = widgets.html(f"<h2>{escape(heading)}</h2><p class='wb-under'>All efforts and tasks</p>")
+    return [title, widgets.awaited(ask, show) if first else widgets.deferred(lambda: widgets.awaited(ask, show))]

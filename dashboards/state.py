@@ -17,6 +17,7 @@ import xarray as xr
 from workbench.dashboards.stored_results import StoredResults, stored_beside
 from workbench.dashboards.study_jobs import Answer, StudyJobs
 from workbench.errors import InputError
+from workbench.registry import studies
 from workbench.runs import Run, open_run
 from workbench.runs.storage import LocalStorage, storage_at
 from workbench.studies import effort, expert_labels
@@ -168,6 +169,12 @@ class RunRegistry:
         digest = "-".join(run.content_digest for run in runs)
         more = {"options": options} if options else {}
         return partial(self.jobs.ask, study, paths, digest, exclude=exclude, lasting=lasting, **more)
+
+    def read_stored_studies(self, name: str) -> None:
+        """Read the results of the studies of a complete run that are stored."""
+        run = self.run(name)
+        for record in studies(runs=1):
+            self.jobs.read_stored(record.name, [str(self._paths[name])], run.content_digest)
 
     @property
     def served_model(self) -> str:

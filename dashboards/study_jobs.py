@@ -74,6 +74,11 @@ class StudyJobs:
         make = partial(self._get, study, name, paths, digest, exclude, lasting, dict(options or {}))
         return self._state((name, digest), make)
 
+    def read_stored(self, study: str, paths: Sequence[str], digest: str) -> None:
+        """Read the result of the study of the complete run(s) if it is stored, so that no visitor waits for it."""
+        if (self._folder / f"{digest}-{_code()}" / study).exists():
+            self.ask(study, paths, digest)
+
     def attention(self, path: str, digest: str, model: str, sequence: int, layers: str) -> Answer:
         """Return the state of the attention patterns of a sequence, and start `workbench attention` if needed.
 

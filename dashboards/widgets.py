@@ -267,6 +267,11 @@ def guarded(body: Callable[[], Any]) -> Any:
         return alert(text, "danger")
 
 
+def deferred(body: Callable[[], Any]) -> Any:
+    """Return the content or, on a page that is not shown yet, a column that is filled once it is; see `later`."""
+    return guarded(body) if pn.state.loaded else later(body)
+
+
 def later(body: Callable[[], Any]) -> pn.Column:
     """Return a column with a loading indicator that is filled after the rest of the page is shown."""
     box = pn.Column(pn.indicators.LoadingSpinner(value=True, size=28), sizing_mode="stretch_width")
@@ -274,11 +279,20 @@ def later(body: Callable[[], Any]) -> pn.Column:
     def fill() -> None:
         box[:] = [guarded(body)]
 
-    if pn.state.curdoc is None:  # in a notebook nothing is flushed before the cell ends
-        fill()
-    else:
+    if pn.state.curdoc is not None and pn.state.loaded:
         pn.state.add_periodic_callback(fill, period=30, count=1)
+    else:  # in a notebook nothing is flushed before the cell ends
+        when_shown(fill)
     return box
+
+
+def when_shown(change: Callable[[], Any]) -> None:
+    """Change the page now or, if the browser does not show it yet, once it does.
+
+    Panel sends no change to a browser that has fetched a page and not shown it yet (1.9, `hold`), so that what is
+    ready in this time would never be seen.
+    """
+    pn.state.onload(change)
 
 
 def folded(title: str, body: Callable[[], Any], *, note: str = "") -> pn.Card:
@@ -340,7 +354,15 @@ def awaited(
             if failures == _FAILURES:
                 box[:] = [state]
 
-        watch = pn.state.add_periodic_callback(again, period=600)
+        fetched = not pn.state.loaded  # the results may come while the browser fetches the page
+
+        def begin() -> None:
+            nonlocal watch
+            watch = pn.state.add_periodic_callback(again, period=600)
+            if fetched:
+                again()
+
+        when_shown(begin)
     return box
 
 

@@ -1,12 +1,20 @@
 """Columns of a long table share its width where several have long texts; otherwise each is as wide as its content."""
 
+import re
+import threading
+import time
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import pandas as pd
 import panel as pn
 import pytest
+from bokeh.document import Document
+from panel.io.state import set_curdoc
+from playwright.sync_api import Browser, WebSocketRoute
 
+from tests.serving import free_port
 from workbench.dashboards import widgets
 from workbench.dashboards.study_jobs import Answer
 
@@ -37,6 +45,67 @@ def test_a_column_of_links_keeps_its_values_and_shows_no_address() -> None:
     few = widgets._plain_table(rows.head(2), {"expert": ["./a?b=1&c=2", ""]}).object
     assert '<a href="./a?b=1&amp;c=2">0</a>' in few
     assert "<td>1</td>" in few, "without an address there is no link"
+
+
+def test_deferred_content_comes_after_the_page_and_at_once_on_a_page_that_is_shown() -> None:
+    document = Document()
+    with set_curdoc(document):
+        pn.state._loaded[document] = False  # as of a session whose page is not on the screen
+        box = widgets.deferred(lambda: widgets.html("content"))
+        assert isinstance(box[0], pn.indicators.LoadingSpinner)
+        pn.state._on_load(document)  # what the browser's message calls
+        assert box[0].object == "content"
+        assert widgets.deferred(lambda: widgets.html("content")).object == "content"
+    assert widgets.deferred(lambda: widgets.html("content")).object == "content"  # in a notebook
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("waits", [True, False])
+def test_results_that_come_before_a_page_is_shown_are_put_on_it_afterwards(
+    waits: bool, browser: Browser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A browser has fetched the page and sends late that it shows it. The negative control does not wait for this."""
+    if not waits:
+        monkeypatch.setattr(widgets, "when_shown", lambda change: change())
+    asked, late = list[float](), list[Callable[[], None]]()
+    ready = threading.Event()
+
+    def ask() -> Answer:
+        asked.append(time.monotonic())
+        return Answer({}) if ready.is_set() else Answer()
+
+    def route(socket: WebSocketRoute) -> None:
+        server = socket.connect_to_server()
+
+        def forward(message: str | bytes) -> None:
+            if late or "document_ready" in str(message):
+                late.append(partial(server.send, message))
+            else:
+                server.send(message)
+
+        socket.on_message(forward)
+
+    port = free_port()
+    server = pn.serve(
+        lambda: widgets.awaited(ask, lambda _: [widgets.html("results")]), port=port, threaded=True, show=False
+    )
+    try:
+        page = browser.new_page()
+        page.route_web_socket(re.compile(""), route)
+        page.goto(f"http://localhost:{port}")
+        page.get_by_text("Running study").wait_for()
+        while not late:
+            page.wait_for_timeout(50)
+        ready.set()
+        held = time.monotonic()
+        page.wait_for_timeout(2000)
+        assert any(moment > held for moment in asked) is not waits
+        for send in late:
+            send()
+        if waits:
+            page.get_by_text("results").wait_for()
+    finally:
+        server.stop()
 
 
 def test_several_reasons_are_a_list_and_one_is_a_sentence() -> None:

@@ -59,7 +59,7 @@ def live_page(
         def refresh() -> None:
             if _has_left(document):
                 page.viewer.leave()
-            if _is_connected(document):  # what changes for a closed connection would be lost
+            if pn.state.loaded and _is_connected(document):  # other changes would be lost, see `widgets.when_shown`
                 page.refresh()
 
         pn.state.on_session_destroyed(lambda _: page.viewer.leave())
