@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -134,13 +135,14 @@ class StudyJobs:
         return load(cached)[study]
 
     def _make(self, study: str, paths: Sequence[str], exclude: str, cached: Path, options: dict[str, int]) -> None:
-        """Write the results into a temporary folder and rename it when it is complete."""
+        """Let a process write the results into a temporary folder, which it renames when it is complete.
+
+        It needs no server for that: a study goes on if this one is killed, and the next one has its result.
+        """
         cached.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=cached.parent) as made:
+        with tempfile.TemporaryDirectory(dir=cached.parent, ignore_cleanup_errors=True) as made:
             values = json.dumps(options)
-            self._run("-m", "workbench.dashboards.study_jobs", study, f"{made}/out", exclude, values, *paths)
-            if not cached.exists():
-                os.rename(f"{made}/out", cached)
+            self._run("-m", "workbench.dashboards.study_jobs", study, made, str(cached), exclude, values, *paths)
 
     def _run(self, *arguments: str) -> None:
         """Run Python with these arguments in a process of its own.
@@ -185,8 +187,9 @@ def cache_folder() -> Path:
     except OSError:
         return Path(tempfile.mkdtemp(prefix="workbench-studies-"))
     for entry in root.iterdir():
-        if time.time() - entry.stat().st_mtime > _CACHED_DAYS * 86400:
-            shutil.rmtree(entry, ignore_errors=True)
+        with suppress(OSError):  # another server may have removed it
+            if time.time() - entry.stat().st_mtime > _CACHED_DAYS * 86400:
+                shutil.rmtree(entry, ignore_errors=True)
     return root
 
 
@@ -206,11 +209,16 @@ def _main() -> None:
     from workbench.runs import open_run
     from workbench.studies import run_study
 
-    study, out, exclude, options, *paths = sys.argv[1:]
+    study, made, cached, exclude, options, *paths = sys.argv[1:]
     os.nice(10)  # the server and the browser that waits come first
     try:
         results = run_study(study, *(open_run(path, exclude=exclude) for path in paths), **parse_json(options))
-        save({name: ds for name, ds in results.items() if name not in _NOT_CACHED}, out)
+        save({name: ds for name, ds in results.items() if name not in _NOT_CACHED}, f"{made}/out")
+        try:
+            os.rename(f"{made}/out", cached)
+        except OSError:
+            if not os.path.exists(cached):  # another server may have made it
+                raise
     except InputError as error:
         print(error, file=sys.stderr)
         sys.exit(2)

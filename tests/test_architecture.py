@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "notebook": set(),
     "progress": {"counting", "notebook"},
     "compression": {"errors"},
+    "memory": {"errors"},
     "file_lock": {"bounded_json", "errors", "signals"},
     "inputs": {"errors"},
     "outputs": {"bounded_json", "errors", "file_lock"},
@@ -41,6 +42,7 @@ MAY_IMPORT = {
         "errors",
         "progress",
         "file_lock",
+        "memory",
         "outputs",
         "bounded_json",
     },
@@ -152,6 +154,7 @@ MAY_IMPORT = {
     "cli": {
         "counting",
         "bounded_json",
+        "memory",
         "file_lock",
         "adapters",
         "live",

@@ -118,3 +118,11 @@ def test_an_interruption_at_any_call_leaves_no_lock(
     (tmp_path / "wrong").mkdir()
     monkeypatch.setattr(file_lock, "interruptions_wait", contextlib.nullcontext)
     assert any(left_by_interruptions(tmp_path / "wrong", moment)), "the negative control lets them interrupt"
+
+
+@pytest.mark.parametrize("lacks", [True, False])
+def test_a_system_without_flock_is_named(lacks: bool) -> None:
+    code = f"import sys; {lacks} and sys.modules.update(fcntl=None); import workbench.file_lock"
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert ("run the workbench in WSL" in (done.stderr.strip().splitlines() or [""])[-1]) is lacks
+    assert (done.returncode == 0) is not lacks

@@ -1,5 +1,6 @@
 """No command writes over what another wrote, over an input, or through a link; nothing is half-written."""
 
+import errno
 import itertools
 import os
 import shutil
@@ -124,7 +125,7 @@ def test_a_failure_leaves_everything_as_it_was(tmp_path: Path, monkeypatch: pyte
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "write_bytes", full)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(InputError, match="there cannot be written: No space left"):
             write_files({"a": "new"}, tmp_path / "not" / "there", command="study")
     assert not (tmp_path / "not").exists()
     # a killed process: its staging folder is removed by the next
@@ -238,3 +239,16 @@ def test_a_broken_rule_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     put(out, overwrite=True)
     assert out.read_text() == "new"
     shutil.rmtree(tmp_path)
+
+
+def test_a_full_disk_names_the_output_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.EFBIG, "File too large")  # as `write` raises it: without the name of a file
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(InputError, match=r"out cannot be written: File too large"):
+        write_files({"a.txt": "a"}, tmp_path / "out", command="study")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    write_files({"a.txt": "a"}, tmp_path / "out", command="study")
+    assert (tmp_path / "out" / "a.txt").read_text() == "a", "a negative control"

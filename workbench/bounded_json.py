@@ -33,21 +33,44 @@ def parse_json(
     refuse_deep(text, max_depth)
     try:
         return json.loads(text, object_pairs_hook=object_pairs_hook)
+    except InputError:  # of the hook
+        raise
     except ValueError as error:
         raise InputError(f"not JSON: {error}") from error
 
 
-def parse_documents(text: str, *, max_depth: int = MAX_DEPTH) -> Iterator[Any]:
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of these pairs, as `object_pairs_hook`: JSON leaves open which of two equal names counts.
+
+    Raises:
+        InputError: a name is there twice.
+    """
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise InputError(f"an object has the name {ascii(twice)[:60]} twice: keep one of them")
+    return value
+
+
+def parse_documents(
+    text: str,
+    *,
+    max_depth: int = MAX_DEPTH,
+    object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None,
+) -> Iterator[Any]:
     """Yield the values of JSON documents that follow each other, separated by spaces, line ends or commas.
 
     Raises:
         InputError: what follows is not JSON, or the text nests lists and objects deeper than `max_depth`.
     """
     refuse_deep(text, max_depth)
-    decoder, at = json.JSONDecoder(), _document_start(text, 0)
+    decoder, at = json.JSONDecoder(object_pairs_hook=object_pairs_hook), _document_start(text, 0)
     while at < len(text):
         try:
             value, at = decoder.raw_decode(text, at)
+        except InputError:
+            raise
         except ValueError as error:
             raise InputError(f"not JSON: {error}") from error
         yield value

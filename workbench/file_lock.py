@@ -7,7 +7,6 @@ Reference: flock(2); the check of the inode after locking makes it safe to remov
 """
 
 import errno
-import fcntl
 import json
 import os
 import platform
@@ -16,6 +15,13 @@ import uuid
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError as error:
+    raise ImportError(
+        "files are locked with flock, which Windows lacks: install and run the workbench in WSL"
+    ) from error
 
 from workbench.bounded_json import parse_json
 from workbench.errors import InputError

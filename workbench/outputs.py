@@ -11,6 +11,7 @@
         …                                                # write a file or a folder at `path`
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -150,11 +151,24 @@ def staged(
     with made_parents(path), FileLock(path), staging_folder(path) as folder:
         check_output(path, command=command, inputs=inputs, overwrite=overwrite, owned=owned)  # another may have ended
         part = folder / path.name
-        try:
+        with write_errors(path):
             yield part
             _publish(part, path, folder, command, mark=owned is None)
-        except OSError as error:
-            raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+@contextmanager
+def write_errors(path: str | Path) -> Iterator[None]:
+    """Make errors of writing, such as those of a full disk, an `InputError` that names the output.
+
+    Raises:
+        InputError: something could not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise
+        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 @contextmanager
@@ -246,7 +260,7 @@ def write_files(
     """
     refuse_paths(files)
     out = check_folder(out_dir, inputs=inputs)
-    with made_parents(out / "file"):
+    with write_errors(out), made_parents(out / "file"):
         listing = _listing(out, marker)
         with FileLock(listing), staging_folder(out / MARKER) as staging:
             known = read_marker(listing)

@@ -130,7 +130,8 @@ class RowOutput:
             if fresh:
                 os.replace(self._part, self.path)
         except OSError as error:
-            raise InputError(f"{self.path} cannot be written: {error.strerror or error}") from error
+            reason = f"{error.strerror or error}; the rows before this one are kept"
+            raise InputError(f"{self.path} cannot be written: {reason}") from error
 
     def _open(self, fresh: bool) -> BinaryIO:
         """Return the file to append to: a new one beside the path, or the one to resume, cut after its last row."""

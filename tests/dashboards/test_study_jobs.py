@@ -1,5 +1,7 @@
 """Studies run in the background, are cached beside the run, and read again; no temporary file remains."""
 
+import signal
+import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -12,11 +14,13 @@ import workbench as wb
 from tests.conftest import DATA
 from tests.runs.conftest import LENGTHS, job, write_unit
 from workbench.capture.plan import plan_units
+from workbench.child_processes import python
 from workbench.dashboards.state import RunRegistry
 from workbench.dashboards.study_jobs import Answer, StudyJobs
 from workbench.runs import Run
 from workbench.runs.writer import open_writer
 from workbench.studies import run_study
+from workbench.studies.result import load
 
 
 @pytest.fixture(scope="module")
@@ -95,3 +99,17 @@ def test_a_growing_run_is_studied_once_for_each_visit(tmp_path: Path) -> None:
         registry.study("routing", "r")()
         assert asked[2][0] != first
         registry.jobs.close()
+
+
+def test_a_study_is_cached_though_its_server_was_killed(tmp_path: Path, run: Run) -> None:
+    """The process of the study ends its work alone; the negative control is one that is killed before its end."""
+    cached, made = tmp_path / "study", tmp_path / "made"
+    arguments = ("routing", str(made), str(cached), "", "{}", str(run.path))
+    for finishes in (False, True):
+        made.mkdir(exist_ok=True)
+        process = subprocess.Popen(python("-m", "workbench.dashboards.study_jobs", *arguments))
+        if not finishes:
+            process.kill()
+        assert process.wait(300) == (0 if finishes else -signal.SIGKILL)
+        assert cached.exists() == finishes
+    assert load(cached)["routing"]

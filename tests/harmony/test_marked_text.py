@@ -95,3 +95,42 @@ def test_tags_that_follow_each_other_are_regular(text: str) -> None:
 
 def test_many_tags_that_are_never_closed_are_read_in_linear_time() -> None:
     assert read_output("<think><think></think>" * 20_000).irregular
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<THINK>a</THINK>b",
+        "<thought>a</thought>b",
+        "<think >a</think >b",
+        "a</reasoning>b",
+        "AnalysisWe need.AssistantFinal144",
+        "analysis\nWe need.\nassistant\nfinal\n144",
+        "144<|return|>",
+        "144<|end|>\n",
+    ],
+)
+def test_what_may_be_tags_or_marks_stays_text_and_is_irregular(text: str) -> None:
+    assert (pairs(text), read_output(text).irregular) == ([("final", text)], True)
+
+
+@pytest.mark.parametrize("text", ["a < thinking > b", "The tag <|end|> ends it.", "analysis by the assistant", "a>b"])
+def test_ordinary_texts_with_these_words_are_regular(text: str) -> None:
+    """Negative controls."""
+    assert (pairs(text), read_output(text).irregular) == ([("final", text)], False)
+
+
+def test_tags_of_two_kinds_and_windows_line_ends() -> None:
+    assert read_output("<think>a</thinking>b").irregular
+    assert pairs("<think>\r\na\r\n</think>\r\n\r\nb") == [("analysis", "a"), ("final", "b")]
+
+
+def test_an_analysis_with_marks_that_nothing_follows_was_cut_off() -> None:
+    assert read_output("<|channel|>analysis<|message|>We ne").complete is False
+    assert read_output("<|channel|>analysis<|message|>We need.<|end|>").complete is None
+    assert read_output("<|channel|>analysis to=python code<|message|>1").complete is None
+
+
+def test_a_message_that_the_model_makes_up_for_the_user_is_its_own() -> None:
+    text = "<|channel|>final<|message|>4<|end|><|start|>user<|message|>And 5?<|end|>"
+    assert [m["role"] for m in read_output(text).messages] == ["assistant", "assistant"]

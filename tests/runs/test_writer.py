@@ -178,16 +178,22 @@ def test_a_bfloat16_nan_is_found_in_its_bits(tmp_path: Path) -> None:
             writer.write_unit(0, tokens, records, {})
 
 
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EFBIG])
 def test_a_full_disk_leaves_the_unit_uncommitted_and_reports_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     path = tmp_path / "r"
     with open_writer(path, **job(LAYOUT)) as writer:
 
         def full(*rest: Any) -> None:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(number, reason)
 
+        reason = "it is larger than the 7 bytes that it should have"
         monkeypatch.setattr(shards, "_put", full)
+        if number == errno.EFBIG:  # a negative control: damage, not a limit of file sizes
+            with pytest.raises(OSError, match="it is larger"):
+                write_unit(writer, 0)
+        reason = os.strerror(number)
         with pytest.raises(JobError, match="is full; free some space, then rerun the command"):
             write_unit(writer, 0)
         monkeypatch.undo()

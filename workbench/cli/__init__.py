@@ -5,9 +5,11 @@ Exit codes: 0 done, 1 the job failed, 2 wrong usage or refused input.
 
 import functools
 import io
+import logging
 import os
 import sys
 import warnings
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Annotated, Any, NoReturn
 
@@ -17,6 +19,7 @@ from workbench.bench.command import app as bench
 from workbench.cli import finetuning, graphs, labels, live, models, pipeline, results, sharing
 from workbench.cli.control_characters import visible, visible_controls
 from workbench.errors import InputError, JobError
+from workbench.memory import end_within, lack_of_memory, refuse_small_limit
 from workbench.version import version
 
 app = typer.Typer(
@@ -42,12 +45,15 @@ def _options(
     ] = False,
 ) -> None:
     """Take the options that come before a command."""
+    refuse_small_limit()
 
 
 # the base class of wrong usage, of click or of the copy of it that newer versions of typer bring
 _USAGE_ERRORS: Any = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
 _INTERRUPT_CODE = 130
-_INTERRUPTED = "interrupted; finished work is kept, rerun the command to resume"
+_INTERRUPTED = "interrupted; outputs that are not complete were not written"
+_INTERRUPTED_ROWS = "interrupted; finished work is kept, rerun the command to resume"
+_RESUMING = ("generate", "transcripts", "capture", "finetune", "label")  # commands that resume
 # what an extra brings that a command cannot do without
 _EXTRAS = {"panel": "dashboard", "kaleido": "figures", "distributed": "cluster", "s3fs": "s3", "playwright": "dev"}
 
@@ -81,7 +87,7 @@ def _run_and_exit() -> NoReturn:
             sys.exit(2)
         _fail(error.format_message(), error.exit_code)
     except typer.Abort:
-        _fail(_INTERRUPTED, _INTERRUPT_CODE)
+        _fail(_interrupted(sys.argv[1:]), _INTERRUPT_CODE)
     except InputError as error:
         _fail(str(error), 2)
     except ModuleNotFoundError as error:
@@ -99,7 +105,13 @@ def _run_and_exit() -> NoReturn:
         _discard_output()
         _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error), 1)
     except KeyboardInterrupt:
-        _fail(_INTERRUPTED, _INTERRUPT_CODE)
+        _fail(_interrupted(sys.argv[1:]), _INTERRUPT_CODE)
+
+
+def _interrupted(arguments: Sequence[str]) -> str:
+    """Return what an interrupted command kept."""
+    command = next((word for word in arguments if not word.startswith("-")), "")
+    return _INTERRUPTED_ROWS if command in _RESUMING else _INTERRUPTED
 
 
 def _let_threads_sleep() -> None:
@@ -121,10 +133,11 @@ def _run() -> int:
         if isinstance(ended.__context__, BrokenPipeError):  # typer itself ends at a closed pipe, with 1
             raise ended.__context__ from None
         raise
-    except (MemoryError, RuntimeError, ImportError) as error:
-        if isinstance(error, JobError) or not (isinstance(error, MemoryError) or _lacks_memory(error)):
+    except BaseException as error:  # Rust libraries raise one that is no Exception
+        if (lack := lack_of_memory(error)) is None:
             raise
-        reason = f" ({error})" if str(error) else ""
+        end_within(seconds=30)
+        reason = f" ({lack})" if str(lack) else ""
         raise JobError(f"not enough memory: use smaller numbers, or another machine{reason}") from error
     if code == _INTERRUPT_CODE:  # typer returns it for Ctrl-C and shows nothing
         raise KeyboardInterrupt
@@ -133,13 +146,8 @@ def _run() -> int:
     return code if isinstance(code, int) else 0
 
 
-def _lacks_memory(error: Exception) -> bool:
-    """Return whether torch could not allocate memory, of the machine or of a GPU, or a library could not be loaded."""
-    texts = ("allocate memory", "failed to map segment", "can't start new thread")
-    return type(error).__name__ == "OutOfMemoryError" or any(text in str(error) for text in texts)
-
-
 def _fail(message: str, code: int) -> NoReturn:
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # it lists tasks that failed beside the one that is stated
     print(f"workbench: {visible(' '.join(message.split()))}", file=sys.stderr)
     sys.exit(code)
 

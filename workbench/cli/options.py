@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from workbench.errors import InputError
+from workbench.memory import MODEL_BYTES, refuse_small_limit
 
 Model = Annotated[str, typer.Argument(help="Checkpoint folder, .gguf file, 'nano', ollama:NAME, or a Hugging Face id.")]
 RunPath = Annotated[str, typer.Argument(help="Run written by `workbench capture`: a folder, or a URL such as s3://….")]
@@ -89,6 +90,7 @@ def load_model(
     model: str, device: str, dtype: str, ignore_fields: list[str] | None = None, adapter: Path | None = None
 ) -> Any:
     """Load a checkpoint as the options of a command specify."""
+    refuse_small_limit(MODEL_BYTES)
     from workbench.model import load
 
     return load(model, device=device, dtype=torch_dtype(dtype), adapter=adapter, ignore_fields=ignore_fields or ())

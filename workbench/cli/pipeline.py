@@ -29,6 +29,7 @@ from workbench.cli.options import (
 )
 from workbench.counting import count_of
 from workbench.errors import InputError
+from workbench.memory import MODEL_BYTES, refuse_small_limit
 
 app = typer.Typer()
 
@@ -62,6 +63,7 @@ def generate(
     overwrite: Overwrite = False,
 ) -> None:
     """Generate answers to prompts at one or several reasoning efforts. Rerun the command to resume."""
+    refuse_small_limit(MODEL_BYTES)
     from workbench.capture.generation import generate_transcripts
 
     loaded = load_model(model, device, dtype, ignore_field, adapter)
@@ -220,6 +222,7 @@ def capture(
     part, message, position, last), and reduce: "mlp_out reduce=norm" (raw, norm, mean, moments, message;
     "reduce=moments sketch=64"). See docs/howto/record.md.
     """
+    refuse_small_limit(MODEL_BYTES)
     from workbench.capture import job, recording
 
     if workers < 1:

@@ -12,8 +12,9 @@ from typing import Any
 
 from workbench.bounded_json import parse_json
 from workbench.errors import InputError
+from workbench.harmony.completion import REASONS, is_complete
 from workbench.harmony.labels import ROLES
-from workbench.harmony.marked_text import read_output
+from workbench.harmony.marked_text import is_marked, read_output
 from workbench.harmony.message_fields import left_out_fields
 from workbench.harmony.messages import check_messages, shown
 from workbench.harmony.reasoning import (
@@ -106,6 +107,7 @@ class _Reader:
         self.result = ChatMessages()
         self._builtin, self._split = tuple(builtin), split
         self._calls: dict[str, _Call] = {}
+        self._made = 0
         self._unanswered: list[tuple[str, _Call]] = []
         self._last: _Call | None = None
 
@@ -117,7 +119,7 @@ class _Reader:
         if role is None and message.get("type") == "message":
             role = "assistant"
         if role is None and "type" in message:
-            self._item(message, truncated, following)
+            self._item(message)
             return
         role = _ROLES.get(role, role) if isinstance(role, str) else role
         if role not in ROLES:
@@ -130,7 +132,10 @@ class _Reader:
                 {k: v for k, v in message.items() if k in (*_OWN_FIELDS, "raw") and v is not None}
             )
         elif role == "assistant":
-            self._assistant(message, truncated, following)
+            ended = None if following else _stated_end(message)
+            self._assistant(message, truncated or ended is False)
+            if ended is False or self.result.complete is None:  # a text that shows its end is a witness too
+                self.result.complete = ended
         elif role == "tool":
             self._tool(message)
         else:
@@ -139,7 +144,7 @@ class _Reader:
     def _note_fields(self, message: Mapping[str, Any], role: str) -> None:
         self.result.left_out += left_out_fields(message, role)
         images = message.get("images")  # Ollama's
-        self.result.images += len(images) if isinstance(images, list) else 0
+        self.result.images += len(images) if isinstance(images, list) else bool(images)
 
     def _given(self, role: str, message: Mapping[str, Any]) -> None:
         """A system, developer or user message."""
@@ -160,7 +165,7 @@ class _Reader:
             content = json.dumps(content, ensure_ascii=False)
         name = message.get("name") or message.get("function") or message.get("tool_name")
         own = message.get("channel") is not None or message.get("recipient") is not None
-        call = self._call_answered(message.get("tool_call_id") or message.get("call_id"), name)
+        call = self._call_answered(_id(message.get("tool_call_id"), message.get("call_id")), name)
         if own and name:
             recipient, channel = name, message.get("channel") or "commentary"
         elif call is not None:
@@ -180,20 +185,28 @@ class _Reader:
             | ({"content_type": message["content_type"]} if message.get("content_type") else {})
         )
 
-    def _call_answered(self, id: Any, name: Any) -> _Call | None:
+    def _call_answered(self, id: str, name: Any) -> _Call | None:
         """The call that a result answers: by its id, by the name, or else the first one without an answer.
 
         Raises:
-            _MessageError: the id is that of no call, and several calls have no answer.
+            _MessageError: the id is that of no call, and several calls have no answer; or the call with this id is one
+                of another tool than the name states.
         """
-        if isinstance(id, str) and id in self._calls:
-            self._unanswered = [entry for entry in self._unanswered if entry[0] != id]
-            return self._calls[id]
-        if isinstance(name, str) and name:
-            names = (name, self._tool_name(name))
+        names = (name, self._tool_name(name)) if isinstance(name, str) and name else ()
+        if id in self._calls:
+            same_id = [i for i, (key, _) in enumerate(self._unanswered) if key == id]  # some hosts number all calls 0
+            call = self._unanswered.pop(same_id[0])[1] if same_id else self._calls[id]
+            if names and call.recipient not in names:
+                raise _MessageError(
+                    f"a tool's message answers a call of {call.recipient}, and its name is {shown(name)}"
+                )
+            return call
+        if names:
             return next((call for call in reversed(list(self._calls.values())) if call.recipient in names), None)
-        if isinstance(id, str) and id and len(self._unanswered) > 1:
+        if id and len(self._unanswered) > 1:
             raise _MessageError(f"a tool's message answers the call {shown(id)}, which no message before it makes")
+        # the only open call is meant, but its own id is another one
+        self.result.irregular |= bool(id and self._unanswered and not self._unanswered[0][0].startswith("#"))
         if self._unanswered:
             return self._unanswered.pop(0)[1]
         return self._last
@@ -201,7 +214,7 @@ class _Reader:
     def _tool_name(self, name: str) -> str:
         return name if "." in name or name in self._builtin else f"functions.{name}"
 
-    def _assistant(self, message: Mapping[str, Any], truncated: bool, following: Sequence[Any]) -> None:
+    def _assistant(self, message: Mapping[str, Any], truncated: bool) -> None:
         reasoning, content = self._reasoning(message), self._content(message, truncated)
         own = "".join(text for text in map(_analysis_of, content) if text)
         if reasoning and own:  # hosts give the same reasoning twice: beside the content and within it
@@ -259,11 +272,12 @@ class _Reader:
             return [_Segment("text", content)]
         if not isinstance(content, list):
             raise _MessageError(f"its content is {shown(content)}; expected text")
-        return [segment for part in content for segment in self._part(part)]
+        return [segment for part in content for segment in self._part(part)] if content else [_Segment("text", "")]
 
     def _split_text(self, content: str, truncated: bool, has_reasoning: bool) -> list[_Segment]:
         output = read_output(content, truncated=truncated)
-        if has_reasoning and not any(m.get("channel") == "analysis" for m in output.messages):
+        if has_reasoning and not is_marked(content) and not any(map(_is_analysis, output.messages)):
+            self.result.irregular |= output.irregular
             return [_Segment("text", content)]
         self.result.irregular |= output.irregular
         if output.complete is not None:
@@ -315,8 +329,7 @@ class _Reader:
         recipient = self._tool_name(name)
         builtin = recipient.partition(".")[0] in _BUILTIN_NAMES
         made = _Call(recipient, "analysis" if builtin else "commentary")
-        id = call.get("call_id") or call.get("id")
-        self._remember(id if isinstance(id, str) else "", made)
+        self._remember(_id(call.get("call_id"), call.get("id")), made)
         return {
             "role": "assistant",
             "channel": made.channel,
@@ -326,12 +339,13 @@ class _Reader:
         }
 
     def _remember(self, id: str, call: _Call) -> None:
-        key = id or f"#{len(self._calls)}"
+        self._made += 1
+        key = id or f"#{self._made}"
         self._calls[key] = call
         self._unanswered.append((key, call))
         self._last = call
 
-    def _item(self, item: Mapping[str, Any], truncated: bool, following: Sequence[Any]) -> None:
+    def _item(self, item: Mapping[str, Any]) -> None:
         """An item of Responses that is not a message."""
         kind = item["type"]
         if kind == "reasoning":
@@ -365,6 +379,12 @@ def _with_role(message: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**{k: v for k, v in message.items() if k not in ("from", "value")}, "role": role, "content": value}
 
 
+def _id(*values: Any) -> str:
+    """Return the first id of a call that is there, as text; "" if there is none."""
+    ids = (value for value in values if isinstance(value, str | int) and not isinstance(value, bool) and value != "")
+    return next(map(str, ids), "")
+
+
 def _kind(part: Any) -> Any:
     return part.get("type") if isinstance(part, Mapping) else type(part).__name__
 
@@ -375,6 +395,19 @@ def _final(text: str) -> dict[str, Any]:
 
 def _function_of(call: Any) -> dict[str, Any]:
     return {"function": call.get("function") if isinstance(call, Mapping) else None}
+
+
+def _stated_end(message: Mapping[str, Any]) -> bool | None:
+    """Whether a message states that it was cut off or ended, in itself or in the metadata of its program."""
+    about = message.get("response_metadata")
+    return is_complete(
+        {name: message.get(name) for name in REASONS}
+        | {name: about[name] for name in REASONS if isinstance(about, Mapping) and about.get(name) is not None}
+    )
+
+
+def _is_analysis(message: Mapping[str, Any]) -> bool:
+    return message.get("channel") == "analysis"
 
 
 def _analysis_of(segment: _Segment) -> str:

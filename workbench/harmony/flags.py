@@ -10,7 +10,7 @@ from typing import Any
 
 from workbench.errors import InputError
 from workbench.harmony.grammar import marked_ids
-from workbench.harmony.labels import Labels, irregular, label
+from workbench.harmony.labels import CHANNELS, Labels, irregular, label
 from workbench.harmony.vocabulary import tokenizer
 
 SEQUENCE_FLAGS = {
@@ -52,6 +52,7 @@ def flags_of_row(row: dict[str, Any]) -> tuple[str, ...]:
     asked = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
     answer = [m for m in messages[asked + 1 :] if m["role"] == "assistant"]
     flags |= {"irregular"} if any(_is_irregular(m["raw"]) for m in answer if m.get("raw")) else set()
+    flags |= {"irregular"} if any(m.get("channel") not in (None, *CHANNELS[2:5]) for m in answer) else set()
     flags |= {"truncated"} if row.get("complete") is False else set()
     flags |= set() if any(m.get("channel") == "analysis" for m in answer) else {"no_reasoning"}
     return tuple(flag for flag in SEQUENCE_FLAGS if flag in flags | {"re_rendered"})

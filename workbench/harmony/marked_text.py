@@ -18,6 +18,14 @@ _STOPS = ("<|end|>", "<|return|>", "<|call|>")
 _TAGS = ("think", "thinking")
 _CONTENT_TYPES = ("json", "code")
 _REMAINS = re.compile(f"assistant(?={'|'.join(_CHANNELS)})")
+_TAG = re.compile(r"</?(?:think|thinking)>", re.IGNORECASE)
+_OTHER_TAG = re.compile(
+    r"\A\s*<\s*(?:think|thinking|thoughts?|reasoning)\b[^<>\n]{0,40}>|</\s*(?:think|thinking|thoughts?|reasoning)\s*>",
+    re.IGNORECASE,
+)
+_OTHER_REMAINS = re.compile(
+    r"\s*(?:analysis|commentary).*?assistant[\s:_*-]*(?:final|commentary)", re.IGNORECASE | re.DOTALL
+)
 _CALL = re.compile(r"(?:analysis|commentary) to=[\w.]+")  # a header whose marks were stripped; no sentence begins so
 
 
@@ -42,8 +50,14 @@ def read_output(text: str, *, truncated: bool = False, vocabulary: Tokenizer | N
         return Output(stripped)
     if (tagged := _tagged(text)) is not None:
         return tagged
-    has_tags = any(f"<{tag}>" in text and f"</{tag}>" in text for tag in _TAGS)  # quoted, or after a preamble
-    return Output([{"role": "assistant", "channel": "final", "content": text}], irregular=has_tags)
+    return Output([{"role": "assistant", "channel": "final", "content": text}], irregular=_may_be_more(text))
+
+
+def _may_be_more(text: str) -> bool:
+    """Whether a text that is read as one answer has what may be marks or tags: quoted, misspelled, after a preamble."""
+    has_tags = any(f"<{tag}>" in text and f"</{tag}>" in text for tag in _TAGS)
+    stopped = text.rstrip().endswith(_STOPS)
+    return has_tags or stopped or bool(_OTHER_TAG.search(text) or _OTHER_REMAINS.match(text))
 
 
 def is_marked(text: str) -> bool:
@@ -72,9 +86,13 @@ def _marked(text: str, words: Tokenizer) -> Output:
     else:
         channel = start.startswith(_CHANNELS) and start[: start.find("<|")].split()[0] in _CHANNELS
         ids = [*generation_prompt_ids(words), *([words.mark("channel")] if channel else []), *marked_ids(start, words)]
-    messages = parse(ids, tokenizer=words)
-    ended = text.rstrip().endswith(("<|return|>", "<|call|>"))
-    return Output([m for m in messages if m["content"] or m.get("recipient") or m.get("raw")], True if ended else None)
+    messages = parse(ids, tokenizer=words, n_prompt=len(generation_prompt_ids(words)))  # what follows was generated
+    messages = [m for m in messages if m["content"] or m.get("recipient") or m.get("raw")]
+    if text.rstrip().endswith(("<|return|>", "<|call|>")):
+        return Output(messages, True)
+    last = messages[-1] if messages else {}
+    within_analysis = last.get("channel") == "analysis" and not last.get("recipient")  # hosts strip the last mark only
+    return Output(messages, False if within_analysis and not text.rstrip().endswith(_STOPS) else None)
 
 
 def _stripped(text: str, truncated: bool) -> list[dict[str, Any]] | None:
@@ -143,15 +161,16 @@ def _between_tags(text: str, opening: str, closing: str) -> Output:
         end = pairs[at] if at in pairs else text.find(closing, begin)
         complete = None if end >= 0 else False
         analysis = text[begin : end if end >= 0 else len(text)]
-        messages.append({"role": "assistant", "channel": "analysis", "content": analysis.strip("\n")})
+        messages.append({"role": "assistant", "channel": "analysis", "content": analysis.strip("\r\n")})
         after_end = end + len(closing) if end >= 0 else len(text)
         again = text.find(opening, after_end)
         at = again if again >= 0 else len(text)
         answer = text[after_end:at]
-        irregular |= opening in analysis or closing in answer
+        other_tags = any(tag.casefold() not in (opening, closing) for tag in _TAG.findall(analysis + answer))
+        irregular |= opening in analysis or closing in answer or other_tags
         if answer.strip():
             channel = "commentary" if again >= 0 else "final"
-            messages.append({"role": "assistant", "channel": channel, "content": answer.strip("\n")})
+            messages.append({"role": "assistant", "channel": channel, "content": answer.strip("\r\n")})
     return Output([m for m in messages if m["content"] or m["channel"] == "final"], complete, irregular)
 
 

@@ -37,7 +37,6 @@ _ABOUT = {
     "metadata",
     "meta",
     "annotations",
-    "audio",
     "weight",
     "finish_reason",
     "stop_reason",
@@ -52,7 +51,6 @@ _ABOUT = {
     "phase",
     "token_ids",
     "response_metadata",
-    "additional_kwargs",
     "train",
     "function_call_id",
     "call_id",
@@ -68,6 +66,7 @@ def left_out_fields(message: Mapping[str, Any], role: str) -> list[str]:
     """
     unused = set() if role == "assistant" else set(_OF_ASSISTANTS)
     unused |= {"refusal"} if message.get("refusal") and message.get("content") else set()
+    unused |= {name for name in REASONING_FIELDS if isinstance(message.get(name), int | float) and message[name]}
     return [
         f"the field {shown(name)} of a message"
         for name, value in message.items()

@@ -15,7 +15,7 @@ class DifferentReasoningError(ValueError):
 
 
 def reasoning_beside(message: Mapping[str, Any]) -> tuple[str, bool]:
-    """Return the reasoning in the fields of a message, "" if there is none, and whether it is a summary.
+    """Return the reasoning in the fields of a message, "" if there is none but spaces, and whether it is a summary.
 
     A summary is used where the reasoning itself is not there.
 
@@ -23,8 +23,8 @@ def reasoning_beside(message: Mapping[str, Any]) -> tuple[str, bool]:
         DifferentReasoningError: two fields hold different reasoning.
     """
     read = {name: reasoning_text(message.get(name)) for name in REASONING_FIELDS}
-    verbatim = {name: text for name, (text, summary) in read.items() if text and not summary}
-    texts = verbatim or {name: text for name, (text, _) in read.items() if text}
+    verbatim = {name: text for name, (text, summary) in read.items() if text.strip() and not summary}
+    texts = verbatim or {name: text for name, (text, _) in read.items() if text.strip()}
     if not texts:
         return "", False
     first, *others = texts

@@ -19,9 +19,10 @@ from typing import Any, BinaryIO
 import numpy as np
 from jaxtyping import Int16, Int32
 
-from workbench.bounded_json import parse_json
+from workbench.bounded_json import parse_json, unique_names
 from workbench.errors import InputError
 from workbench.harmony.chat_messages import ChatMessages, from_chat_messages
+from workbench.harmony.completion import is_complete
 from workbench.harmony.flags import SEQUENCE_FLAGS
 from workbench.harmony.messages import effort_of, settled_effort, shown
 from workbench.harmony.preamble import prompt_options
@@ -33,6 +34,7 @@ from workbench.row_output import stamp, written_by
 
 LONGEST_ROW_BYTES = 50_000_000
 _READ_BYTES = 1 << 20
+_PACKED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bzip2", b"\xfd7zXZ": "xz"}
 OPTIONS = ("tools", "builtin_tools", "model_identity", "knowledge_cutoff", "date")
 _ESCAPED_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 # A row of messages must give the same ids whenever it is read, so a template that asks is told this date,
@@ -225,9 +227,11 @@ def _object(row: bytes | _BadRowError) -> dict[str, Any]:
     if isinstance(row, _BadRowError):
         raise row
     try:
-        fields = parse_json(row.decode("utf-8"))
+        fields = parse_json(row.decode("utf-8"), object_pairs_hook=unique_names)
     except UnicodeDecodeError as error:
-        raise _BadRowError(f"not UTF-8 at byte {error.start}: save the file as UTF-8") from error
+        packed = next((name for start, name in _PACKED.items() if row.startswith(start)), None)
+        remedy = f"the file is packed by {packed}: unpack it first" if packed else "save the file as UTF-8"
+        raise _BadRowError(f"not UTF-8 at byte {error.start}: {remedy}") from error
     except InputError as error:
         raise _BadRowError(str(error)) from error
     if not isinstance(fields, dict):
@@ -245,7 +249,7 @@ def _transcript(fields: dict[str, Any], seen: dict[str, int], tokenizer: Tokeniz
     prompt_id = _text(fields, "prompt_id")
     if (fields.get("tokens") is None) == (fields.get("messages") is None):
         raise _BadRowError("expected either tokens or messages")
-    complete, notes = _true_false(fields, "complete"), _notes(fields)
+    complete, notes = _complete(fields), _notes(fields)
     if fields.get("tokens") is not None:
         effort = _effort(fields.get("effort"))
         tokens = _tokens(fields["tokens"], tokenizer)
@@ -325,6 +329,13 @@ def _notes(fields: dict[str, Any]) -> tuple[str, ...]:
     if not isinstance(notes, list) or any(note not in SEQUENCE_FLAGS for note in notes):
         raise _BadRowError(f"notes is {shown(notes)}; expected a list of {', '.join(SEQUENCE_FLAGS)}")
     return tuple(notes)
+
+
+def _complete(fields: Mapping[str, Any]) -> bool | None:
+    try:
+        return is_complete(fields)
+    except InputError as error:
+        raise _BadRowError(str(error)) from error
 
 
 def _true_false(fields: dict[str, Any], name: str) -> bool | None:

@@ -31,6 +31,7 @@ from zarr.storage import LocalStore, WrapperStore
 from workbench.bounded_json import parse_json
 from workbench.compression import UnpackedSizeError
 from workbench.errors import InputError
+from workbench.memory import raise_if_limited
 from workbench.runs.expected_files import MAX_METADATA_BYTES, ExpectedFiles
 from workbench.runs.schema import MANIFESTS
 from workbench.runs.storage import Storage
@@ -58,6 +59,7 @@ def reading(storage: object, what: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, InputError) and not isinstance(error, UnpackedSizeError):
             raise
+        raise_if_limited(error)
         reason = (str(error) or type(error).__name__).splitlines()[0][:200]
         raise DamageError(storage, f"{what} cannot be read ({reason})") from error
 

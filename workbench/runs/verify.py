@@ -17,6 +17,7 @@ import zarr
 
 from workbench.counting import count_of
 from workbench.harmony.labels import CHANNELS, PARTS
+from workbench.memory import raise_if_limited
 from workbench.progress import progress
 from workbench.runs import feature_examples, manifest, neuron_examples, shards
 from workbench.runs.examples import of_tokens
@@ -198,6 +199,12 @@ def _checked(
 
 
 def _first_line(error: Exception) -> str:
+    """Return the first line of an error that shows damage.
+
+    Raises:
+        MemoryError: it shows that the memory of this process is limited.
+    """
+    raise_if_limited(error)
     return (str(error) or type(error).__name__).splitlines()[0]
 
 

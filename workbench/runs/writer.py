@@ -6,6 +6,7 @@ goes on with, and that then equals an uninterrupted one, element by element.
 
 import errno
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -367,15 +368,19 @@ class RunWriter:
             array[:] = total.to_numpy()
 
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
 @contextmanager
 def _disk_errors(storage: Storage) -> Iterator[None]:
-    """A full disk is the job's failure, with what to do."""
+    """A full disk, a quota or a limit of file sizes is the job's failure, with what to do."""
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        grown = error.errno == errno.EFBIG and error.strerror != os.strerror(errno.EFBIG)  # of a file that was read
+        if error.errno in _FULL and not grown:
             raise JobError(
-                f"the disk of {storage} is full; free some space, then rerun the command to resume"
+                f"the disk of {storage} is full; free some space, then rerun the command to resume ({error.strerror})"
             ) from error
         raise
 

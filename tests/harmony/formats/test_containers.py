@@ -252,3 +252,26 @@ def test_a_pipe_in_a_folder_of_files_is_not_waited_for(tmp_path: Path) -> None:
         os.mkfifo(tmp_path / name)
         assert "pipe" in refusal(tmp_path)
         (tmp_path / name).unlink()
+
+
+ROW = '{"messages": [{"role": "user", "content": "1?"}, {"role": "assistant", "content": "1"}]}'
+
+
+def test_a_bad_line_after_a_blank_one_hides_none_of_the_following(tmp_path: Path) -> None:
+    path = tmp_path / "x"
+    path.write_bytes(f"\r\n{ROW}\r\n{{bad\r\n{ROW}\r\n".encode())
+    assert [type(value).__name__ for _, value in objects(path)[1]] == ["dict", "InputError", "dict"]
+    path.write_text(json.dumps(json.loads(ROW), indent=1) + "{bad" + ROW)
+    *_, (where, value) = objects(path)[1]
+    assert (where, type(value).__name__) == ("document 2 and what follows", "InputError")
+
+
+def test_no_file_of_a_folder_is_passed_over_silently(tmp_path: Path) -> None:
+    for name in ("a.jsonl", ".hidden.jsonl", "c.JSONL"):
+        (tmp_path / name).write_text(ROW)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(ROW.encode()))
+    (tmp_path / "d.eval").write_bytes(b"PK")
+    (tmp_path / "README.md").write_text("# Rows")
+    places = {where.split(",")[0]: value for where, value in objects(tmp_path)[1]}
+    assert places.keys() == {"a.jsonl", "b.jsonl.gz", "c.JSONL", "d.eval"}
+    assert [name for name, value in places.items() if isinstance(value, InputError)] == ["d.eval"]

@@ -67,3 +67,43 @@ def test_tools_that_have_no_form_are_noted() -> None:
 def test_an_error_is_one_line() -> None:
     assert error_text(KeyError("id")) == "'id' is missing"
     assert error_text(ValueError("no")) == "no"
+
+
+def answering(*results: tuple[object, str], ids: tuple[object, object] = (7, 8)) -> list[str]:
+    """Names of the tools whose results (id, content) follow the calls `a` and `b` with these ids."""
+    calls = [{"id": id, "function": {"name": name, "arguments": "{}"}} for id, name in zip(ids, "ab", strict=True)]
+    given = [{"role": "tool", "tool_call_id": id, "content": text} for id, text in results]
+    messages = row(messages=[MESSAGES[0], {"role": "assistant", "tool_calls": calls}, *given, MESSAGES[1]])["messages"]
+    return [m["name"] for m in messages if m["role"] == "tool"]
+
+
+def test_ids_of_calls_may_be_numbers_or_all_the_same() -> None:
+    assert answering((8, "of b"), (7, "of a")) == ["functions.b", "functions.a"]
+    assert answering((0, "of b"), (1, "of a"), ids=(1, 0)) == ["functions.b", "functions.a"]
+    assert answering(("c", "first"), ("c", "second"), ids=("c", "c")) == ["functions.a", "functions.b"]
+
+
+def test_a_result_whose_name_contradicts_its_call_is_refused() -> None:
+    messages = calling("a", "b")
+    messages[2] = messages[2] | {"name": "f_a"}
+    row(messages=messages)
+    messages[2] = messages[2] | {"name": "f_b"}
+    with pytest.raises(InputError, match=r"answers a call of functions.f_a, and its name is 'f_b'"):
+        row(messages=messages)
+
+
+def test_a_result_with_the_id_of_no_call_is_irregular() -> None:
+    assert "irregular" in row(messages=calling("b", "c"))["notes"]
+    assert "irregular" not in row(messages=calling("b", "a")).get("notes", [])
+
+
+def test_what_a_message_has_that_nothing_reads_is_noted() -> None:
+    for field in ({"audio": {"data": "AAAA"}}, {"additional_kwargs": {"tool_calls": []}}, {"thinking": 5}):
+        assert "fields_left_out" in row(messages=[MESSAGES[0], {**MESSAGES[1], **field}])["notes"], field
+    assert "images_left_out" in row(messages=[{**MESSAGES[0], "images": "AAAA"}, MESSAGES[1]])["notes"]
+    assert "notes" not in row(messages=[MESSAGES[0], {**MESSAGES[1], "audio": None, "thinking": " "}]), "a control"
+
+
+def test_a_message_with_an_empty_list_of_parts_is_an_empty_message() -> None:
+    messages = row(messages=[MESSAGES[0], {"role": "assistant", "content": []}, MESSAGES[0], MESSAGES[1]])["messages"]
+    assert [m["role"] for m in messages] == ["user", "assistant", "user", "assistant", "assistant"]

@@ -4,6 +4,7 @@ Also tests `workbench.harmony.hosts.answers`, `workbench.harmony.hosts.asker` an
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -210,6 +211,28 @@ def test_a_half_written_line_is_cut_off_and_asked_again(host: FakeHost, prompts:
     with pytest.raises(InputError, match="of another request"):
         collect(host.url, prompts, out, settings(temperature=0.5))
     collect(host.url, prompts, out, settings(temperature=0.5), overwrite=True)
+
+
+def test_another_tokenizer_or_template_does_not_resume_a_file(host: FakeHost, prompts: Path, tmp_path: Path) -> None:
+    """With --tokenizer prompts are rendered and ids are read here, so both belong to the request."""
+    folder, other, out = tmp_path / "one", tmp_path / "other", tmp_path / "o"
+    for copy in (folder, other):
+        copy.mkdir()
+        for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "config.json"):
+            if (NANO / name).exists():
+                shutil.copy(NANO / name, copy)
+    template = other / "chat_template.jinja"
+    template.write_text(template.read_text() + "{# another #}")
+    collect(host.url, prompts, out, settings(vocabulary=str(folder)))
+    before = len(host.requests)
+    for vocabulary in (str(other), None):
+        with pytest.raises(InputError, match=r"of another request \(tokenizer '\w+', now "):
+            collect(host.url, prompts, out, settings(vocabulary=vocabulary))
+    collect(host.url, prompts, out, settings(vocabulary=str(folder)))  # a negative control: nothing is missing
+    assert len(host.requests) == before
+    collect(host.url, prompts, tmp_path / "default", settings())
+    with pytest.raises(InputError, match=r"tokenizer None, now '"):
+        collect(host.url, prompts, tmp_path / "default", settings(vocabulary=str(folder)))
 
 
 def test_a_file_of_something_else_is_left_alone(host: FakeHost, prompts: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from workbench.bounded_json import parse_documents, parse_json, read_json
+from workbench.bounded_json import parse_documents, parse_json, read_json, unique_names
 from workbench.errors import InputError
 from workbench.harmony.formats import parquet_pages
 from workbench.harmony.formats.arrow_messages import largest_unpacked
@@ -27,6 +27,8 @@ _MAX_VALUES = 100_000_000  # of a row group or batch, those of nested lists incl
 _VALUE_BYTES = 8  # of a value as an entry of a list
 _ARROW_MARK = b"ARROW1\0\0"
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+_SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".arrow")  # of the files that are read in a folder
+_DESCRIPTIONS = (".md", ".txt", ".yaml", ".yml", "")  # of files about the others
 _BATCH_ROWS, _BATCH_BYTES = 256, 4_000_000_000
 
 Objects = Iterator[tuple[str, Any]]
@@ -73,7 +75,9 @@ def _json(path: Path, content: bytes | None) -> Objects:
     """Objects of JSON Lines, of an array, or of documents one after the other."""
     file = path.open("rb") if content is None else io.BytesIO(content)
     with file:
-        first = file.readline(LONGEST_ROW_BYTES).removeprefix(b"\xef\xbb\xbf").strip()
+        first = file.readline(LONGEST_ROW_BYTES).removeprefix(b"\xef\xbb\xbf")
+        while first and not first.strip():
+            first = file.readline(LONGEST_ROW_BYTES)
         file.seek(0)
         if _is_object(first):
             yield from _lines(path, file)
@@ -99,7 +103,7 @@ def _lines(path: Path, file: Any) -> Objects:
         text = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
         if text.strip():
             try:
-                yield f"line {number}", parse_json(text)
+                yield f"line {number}", parse_json(text, object_pairs_hook=unique_names)
             except InputError as error:
                 yield f"line {number}", error
 
@@ -109,7 +113,7 @@ def _documents(path: Path, content: bytes) -> Objects:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 at byte {error.start}: save the file as UTF-8") from error
-    documents, number = parse_documents(text), 1
+    documents, number = parse_documents(text, object_pairs_hook=unique_names), 1
     while True:
         try:
             value = next(documents)
@@ -118,7 +122,7 @@ def _documents(path: Path, content: bytes) -> Objects:
         except InputError as error:
             if number == 1:
                 raise InputError(f"{path}: {error}") from error
-            yield f"document {number}", error
+            yield f"document {number} and what follows", error
             return
         if isinstance(value, list):
             yield from ((f"entry {i}", entry) for i, entry in enumerate(value, 1))
@@ -218,10 +222,22 @@ def _folder(path: Path) -> tuple[str, Objects]:
     if (path / "dataset_dict.json").exists():
         splits = [path / name for name in _names(path / "dataset_dict.json", "splits")]
         return "a saved dataset", _joined(splits)
-    files = sorted(file for file in path.rglob("*") if file.suffix in (".parquet", ".jsonl", ".arrow"))
-    if not files:
+    files = sorted(file for file in path.rglob("*") if not _is_hidden(file.relative_to(path)) and not file.is_dir())
+    if not any(_suffix(file) in _SUFFIXES for file in files):
         raise InputError(f"{path} is a folder without a saved dataset, Parquet or JSON Lines files")
-    return "a folder of files", _joined(files)
+    return "a folder of files", _joined([file for file in files if _suffix(file) not in _DESCRIPTIONS])
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
+
+
+def _suffix(path: Path) -> str:
+    """Return the last part of a name in lower case, without that of a packed file: .jsonl of rows.jsonl.gz."""
+    name = path.name.lower()
+    for packed in (".gz", ".zst", ".zstd"):
+        name = name.removesuffix(packed)
+    return Path(name).suffix
 
 
 def _saved(path: Path) -> Objects:
@@ -231,6 +247,9 @@ def _saved(path: Path) -> Objects:
 
 def _joined(paths: list[Path]) -> Objects:
     for path in paths:
+        if path.is_file() and _suffix(path) not in _SUFFIXES:
+            yield path.name, InputError("it is read alone, not in a folder, if it is a file of conversations")
+            continue
         for where, value in objects(path)[1]:
             yield f"{path.name}, {where}", value
 

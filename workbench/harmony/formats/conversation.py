@@ -1,6 +1,6 @@
 """One conversation as another program stored it, and the transcript row that it becomes."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,12 +11,13 @@ from workbench.harmony.preamble import prompt_options
 from workbench.harmony.tool_definitions import read_tools
 from workbench.harmony.transcripts import notes_on
 
-CUT = ("length", "max_tokens", "model_length", "max_output_tokens", "incomplete", "content_filter")
-
 
 @dataclass
 class Conversation:
-    """What a file holds of one conversation. tokens: its ids with the length of the prompt, where they were stored."""
+    """What a file holds of one conversation.
+
+    tokens: its ids with the length of the prompt, where they were stored. notes: flags that it had already.
+    """
 
     messages: list[Any] = field(default_factory=list)
     id: str = ""
@@ -28,6 +29,7 @@ class Conversation:
     answer: str | None = None
     correct: bool | None = None
     meta: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 def transcript_row(conversation: Conversation, effort: str | None) -> dict[str, Any]:
@@ -40,8 +42,9 @@ def transcript_row(conversation: Conversation, effort: str | None) -> dict[str, 
     about = {"complete": c.complete, "expected": c.answer, "correct": c.correct}
     if c.tokens is not None:
         stated = c.effort if c.effort not in (None, "") else effort
+        _check_tokens(*c.tokens)
         row |= {"effort": effort_of(stated) if stated else None, "tokens": c.tokens[0], "n_prompt": c.tokens[1]}
-        return _present(row | about | {"meta": c.meta or None})
+        return _present(row | about | {"notes": c.notes or None, "meta": c.meta or None})
     options, notes = _options(c)
     chat = from_chat_messages(
         c.messages, builtin=options.get("builtin_tools", ()), truncated=c.complete is False, split=True
@@ -56,7 +59,7 @@ def transcript_row(conversation: Conversation, effort: str | None) -> dict[str, 
         about["complete"] = chat.complete
     if any(m.get("recipient") not in (None, "all") for m in chat.messages if m["role"] == "assistant"):
         notes += [] if options.get("tools") or options.get("builtin_tools") else ["tools_not_rendered"]
-    notes += notes_on(chat)
+    notes = [*c.notes, *notes, *notes_on(chat)]
     has_analysis = any(m.get("channel") == "analysis" for m in chat.messages)
     meta = c.meta | {"reasoning": ("summary" if chat.summary else "verbatim") if has_analysis else "absent"}
     row |= {"effort": stated, "messages": chat.messages} | about | options
@@ -74,6 +77,18 @@ def _options(conversation: Conversation) -> tuple[dict[str, Any], list[str]]:
     if tools.builtin:
         options["builtin_tools"] = list(tools.builtin)
     return options, ["tools_not_rendered"] if tools.unknown else []
+
+
+def _check_tokens(ids: Sequence[Any], n_prompt: Any) -> None:
+    """Check that ids are ids, of any vocabulary.
+
+    Raises:
+        InputError: one is no whole number from 0, or the prompt is not a number of them.
+    """
+    if wrong := [id for id in ids if type(id) is not int or id < 0]:
+        raise InputError(f"its ids hold {shown(wrong[0])}; expected whole numbers from 0")
+    if type(n_prompt) is not int or not 0 <= n_prompt <= len(ids):
+        raise InputError(f"n_prompt is {shown(n_prompt)}; expected how many of the {len(ids)} tokens are the prompt")
 
 
 def _present(row: Mapping[str, Any]) -> dict[str, Any]:

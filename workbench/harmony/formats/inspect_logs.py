@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from workbench.bounded_json import parse_json
 from workbench.errors import InputError
+from workbench.harmony.completion import is_complete
 from workbench.harmony.formats.conversation import Conversation, error_text
 
 _ZSTD = 93
@@ -24,7 +25,6 @@ _METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, _ZSTD)  # LZMA takes gigab
 _DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, KeyError, ValueError, RuntimeError, OSError, pa.ArrowException)
 # what a value of another type or a missing field in a sample raises
 _MALFORMED = (LookupError, TypeError, ValueError, AttributeError)
-_CUT = ("max_tokens", "model_length", "length", "content_filter")
 
 
 def is_zip(path: Path) -> bool:
@@ -116,7 +116,7 @@ def from_sample(sample: Mapping[str, Any], log: Mapping[str, Any]) -> Conversati
         effort=config.get("reasoning_effort"),
         messages=[attachments.inserted(message) for message in sample["messages"]],
         options={"tools": attachments.inserted(tools)} if tools else {},
-        complete=False if choices[0].get("stop_reason") in _CUT else None,
+        complete=False if is_complete(choices[0]) is False else None,
         answer=target if isinstance(target, str) else None,
         correct=_judged(scores[0]) if scores else None,
         meta=meta,

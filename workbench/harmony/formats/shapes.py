@@ -10,16 +10,17 @@ from typing import Any
 from workbench.bounded_json import parse_json
 from workbench.errors import InputError
 from workbench.harmony.chat_messages import from_chat_messages
-from workbench.harmony.formats.conversation import CUT, Conversation
+from workbench.harmony.completion import is_complete
+from workbench.harmony.formats.conversation import Conversation
+from workbench.harmony.formats.row_fields import Row, about, object_of, one_effort, with_system
 from workbench.harmony.grammar import parse_text
 from workbench.harmony.marked_text import is_marked
 from workbench.harmony.messages import shown
 from workbench.harmony.reasoning import REASONING_FIELDS
 from workbench.harmony.transcripts import expected_text
 
-Row = Mapping[str, Any]
+_API_FIELDS = ("messages", "input", "prompt", "instructions", "request", "response", "choices", "output", "message")
 _RESPONSE_TEXT = ("answer", "response", "completion", "output", "text", "generation")
-_RENDERING = ("builtin_tools", "model_identity", "knowledge_cutoff", "date")
 
 
 @dataclass(frozen=True)
@@ -29,61 +30,6 @@ class Shape:
     name: str
     matches: Callable[[Row], bool]
     read: Callable[[Row], Iterator[Conversation]]
-
-
-def about(row: Row) -> dict[str, Any]:
-    """Return the fields that rows of any shape may have beside the conversation."""
-    id = row.get("id", row.get("custom_id", row.get("request_id", "")))
-    template = _object(row.get("chat_template_kwargs")) or _object(
-        _object(row.get("extra_body")).get("chat_template_kwargs")
-    )
-    effort = next(
-        (
-            value
-            for value in (
-                row.get("effort"),
-                row.get("reasoning_effort"),
-                _object(row.get("reasoning")).get("effort"),
-                template.get("reasoning_effort"),
-                _effort_only(row.get("think")),
-            )
-            if value not in (None, "")
-        ),
-        None,
-    )
-    options = {name: row.get(name, template.get(name)) for name in _RENDERING}
-    options["tools"] = row.get("tools") or row.get("functions")
-    return {
-        "id": str(id),
-        "prompt_id": str(row.get("prompt_id", id)),
-        "effort": effort,
-        "options": {name: value for name, value in options.items() if value is not None},
-        "complete": is_complete(row),
-        "correct": row.get("correct") if isinstance(row.get("correct"), bool) else None,
-        "answer": row.get("target") if isinstance(row.get("target"), str) else None,
-        "meta": dict(_object(row.get("meta")) or _object(row.get("metadata"))),
-    }
-
-
-def is_complete(row: Row) -> bool | None:
-    """Return whether an answer ended by itself, from the reasons that programs give; None where there is none."""
-    if isinstance(row.get("complete"), bool):
-        return bool(row["complete"])
-    if row.get("truncated") is True or row.get("incomplete_details"):
-        return False
-    reasons = [row.get(name) for name in ("finish_reason", "stop_reason", "done_reason", "status")]
-    if any(reason in CUT for reason in reasons if isinstance(reason, str)):
-        return False
-    known = ("stop", "tool_calls", "completed", "end_turn", "eos")
-    return True if any(reason in known for reason in reasons if isinstance(reason, str)) else None
-
-
-def _object(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}
-
-
-def _effort_only(value: Any) -> Any:
-    return value if value in ("low", "medium", "high") else None
 
 
 def _is_list(row: Row, name: str, kind: type = Mapping) -> bool:
@@ -111,7 +57,7 @@ def _request_messages(request: Row) -> list[Any]:
     first = [{"role": "developer", "content": instructions}] if isinstance(instructions, str) and instructions else []
     for name in ("messages", "input", "prompt"):
         if request.get(name) not in (None, []):
-            return [*first, *_given(request[name])]
+            return with_system(request, [*first, *_given(request[name])])
     raise InputError("the request has no messages, input or prompt")
 
 
@@ -148,17 +94,18 @@ def with_preambles(items: Sequence[Any]) -> list[Any]:
     """Return items of Responses; a message that a call or more reasoning follows is a preamble."""
     with_channels = []
     for item, following in zip(items, [*items[1:], None], strict=True):
-        kind = _object(following).get("type")
+        kind = object_of(following).get("type")
         before_more = kind in ("function_call", "reasoning", "custom_tool_call")
-        preamble = before_more and _object(item).get("type") == "message"
+        preamble = before_more and object_of(item).get("type") == "message"
         with_channels.append({**item, "channel": "commentary"} if preamble else item)
     return with_channels
 
 
 def paired(request: Row, response: Row, beside: Row) -> Iterator[Conversation]:
     """Yield conversations of a request and its response. beside: further fields of the row, such as an id."""
-    body = _object(response.get("body")) or response
-    fields = about({**request, **{k: v for k, v in beside.items() if v is not None}})
+    body = object_of(response.get("body")) or response
+    own = {**request, **{k: v for k, v in beside.items() if v is not None}}
+    fields = about(own, *_API_FIELDS) | {"effort": one_effort(own, body)}
     for messages, complete, exact in responses_of(body):
         tokens = ([*exact[0], *exact[1]], len(exact[0])) if exact else None
         asked = [] if tokens else _request_messages(request)
@@ -166,10 +113,10 @@ def paired(request: Row, response: Row, beside: Row) -> Iterator[Conversation]:
 
 
 def _pair(row: Row) -> Iterator[Conversation]:
-    request = _object(row["request"])
-    body = _object(request.get("body")) or request
+    request = object_of(row["request"])
+    body = object_of(request.get("body")) or request
     yield from paired(
-        body, _object(row["response"]), {k: v for k, v in row.items() if k not in ("request", "response")}
+        body, object_of(row["response"]), {k: v for k, v in row.items() if k not in ("request", "response")}
     )
 
 
@@ -184,7 +131,7 @@ def _with_request(row: Row) -> Iterator[Conversation]:
 
 def _has_prompt_ids(row: Row) -> bool:
     return isinstance(row.get("prompt_token_ids"), list) or any(
-        isinstance(_object(choice).get("prompt_token_ids"), list) for choice in row.get("choices") or []
+        isinstance(object_of(choice).get("prompt_token_ids"), list) for choice in row.get("choices") or []
     )
 
 
@@ -202,36 +149,43 @@ def _vllm(row: Row) -> Iterator[Conversation]:
     for output in outputs:
         ids = list(output.get("token_ids") or [])
         complete = is_complete(output)
-        yield Conversation(**{**about(row), "complete": complete}, tokens=([*prompt, *ids], len(prompt)))
+        yield Conversation(
+            **{**about(row, "prompt_token_ids", "token_ids", "outputs"), "complete": complete},
+            tokens=([*prompt, *ids], len(prompt)),
+        )
 
 
 def _transcript(row: Row) -> Iterator[Conversation]:
-    fields = about(row)
+    fields = about(row, "tokens", "n_prompt", "expected", "answer")
+    if row.get("messages") is not None:
+        raise InputError("it has both tokens and messages: keep one of them")
+    yield Conversation(**_with_expected(row, fields), tokens=(list(row["tokens"]), row["n_prompt"]))
+
+
+def _with_expected(row: Row, fields: dict[str, Any]) -> dict[str, Any]:
+    """Return fields with the expected answer as transcripts have it."""
     expected = expected_text(row)
-    fields["answer"] = fields["answer"] if expected is None else expected
-    if row.get("tokens") is not None:
-        yield Conversation(**fields, tokens=(list(row["tokens"]), int(row["n_prompt"])))
-    else:
-        yield Conversation(list(row["messages"]), **fields)
+    return fields if expected is None else fields | {"answer": expected}
 
 
 # ---- rows with messages --------------------------------------------------------------------------------------------
 
 
 def _messages(row: Row) -> Iterator[Conversation]:
-    yield Conversation(list(row["messages"]), **about(row))
+    texts = {name: row.get(name) for name in ("expected", "answer") if isinstance(row.get(name), str)}
+    yield Conversation(with_system(row, row["messages"]), **_with_expected(texts, about(row, "messages", *texts)))
 
 
 def _harmony(row: Row) -> Iterator[Conversation]:
     """A `Conversation` of the openai_harmony library: settings are contents of the system and developer messages."""
-    fields = about(row)
+    fields = about(row, "messages")
     messages: list[Any] = []
     for message in row["messages"]:
         content = message.get("content")
         parts = content if isinstance(content, list) else [content]
         texts = []
         for part in parts:
-            kind = _object(part).get("type")
+            kind = object_of(part).get("type")
             if kind == "system_content":
                 fields["effort"] = fields["effort"] or part.get("reasoning_effort")
                 fields["options"] |= _system_options(part)
@@ -239,7 +193,7 @@ def _harmony(row: Row) -> Iterator[Conversation]:
                 fields["options"] |= {"tools": _namespaced(part.get("tools"))} if part.get("tools") else {}
                 texts += [part["instructions"]] if part.get("instructions") else []
             else:
-                texts.append(_object(part).get("text", part))
+                texts.append(object_of(part).get("text", part))
         if texts:
             messages.append({**message, "content": "".join(map(str, texts))})
     yield Conversation(messages, **fields)
@@ -250,19 +204,19 @@ def _system_options(content: Row) -> dict[str, Any]:
         "model_identity": content.get("model_identity"),
         "knowledge_cutoff": content.get("knowledge_cutoff"),
         "date": content.get("conversation_start_date"),
-        "builtin_tools": list(_object(content.get("tools"))) or None,
+        "builtin_tools": list(object_of(content.get("tools"))) or None,
     }
     return {name: value for name, value in options.items() if value is not None}
 
 
 def _namespaced(tools: Any) -> list[Any]:
-    return [tool for namespace in _object(tools).values() for tool in _object(namespace).get("tools", [])]
+    return [tool for namespace in object_of(tools).values() for tool in object_of(namespace).get("tools", [])]
 
 
 def _is_harmony(row: Row) -> bool:
     kinds = ("system_content", "developer_content")
     return _is_list(row, "messages") and any(
-        _object(part).get("type") in kinds
+        object_of(part).get("type") in kinds
         for message in row["messages"]
         if isinstance(message.get("content"), list)
         for part in message["content"]
@@ -270,17 +224,17 @@ def _is_harmony(row: Row) -> bool:
 
 
 def _sharegpt(row: Row) -> Iterator[Conversation]:
-    system = row.get("system")
-    first = [{"role": "system", "content": system}] if isinstance(system, str) and system else []
-    yield Conversation([*first, *row["conversations"]], **about(row))
+    yield Conversation(with_system(row, row["conversations"]), **about(row, "conversations"))
 
 
 def _results(row: Row) -> Iterator[Conversation]:
     """Results of simple-evals or of gpt-oss's own evaluations: conversations, and what is known of each example."""
-    examples = _object(row.get("metadata")).get("example_level_metadata")
-    examples = examples if isinstance(examples, list) else []
+    examples = object_of(row.get("metadata")).get("example_level_metadata")
+    examples = examples if isinstance(examples, list) and examples else [{}] * len(row["convos"])
+    if len(examples) != len(row["convos"]):
+        raise InputError(f"it has {len(row['convos'])} convos, and example_level_metadata of {len(examples)} examples")
     for number, messages in enumerate(row["convos"], 1):
-        example = _object(examples[number - 1]) if number <= len(examples) else {}
+        example = object_of(examples[number - 1])
         score = example.get("score")
         answer = example.get("correct_answer")
         yield Conversation(
@@ -294,7 +248,7 @@ def _results(row: Row) -> Iterator[Conversation]:
 
 
 def _prompt_completion(row: Row) -> Iterator[Conversation]:
-    fields = about(row)
+    fields = about(row, "prompt", "completion", "chosen", "rejected")
     answers = [name for name in ("completion", "chosen", "rejected") if row.get(name)]
     for name in answers:
         answer = row[name]
@@ -302,34 +256,44 @@ def _prompt_completion(row: Row) -> Iterator[Conversation]:
         asked = _given(row["prompt"])
         written = written[len(asked) :] if len(written) > len(asked) and written[: len(asked)] == asked else written
         id = fields["id"] if name == "completion" else f"{fields['id']}/{name}".strip("/")
-        yield Conversation([*asked, *written], **{**fields, "id": id, "prompt_id": fields["prompt_id"] or fields["id"]})
+        both = with_system(row, [*asked, *written])
+        yield Conversation(both, **{**fields, "id": id, "prompt_id": fields["prompt_id"] or fields["id"]})
 
 
 def _lm_eval(row: Row) -> Iterator[Conversation]:
     """A sample of lm-evaluation-harness: the first argument of each request is the prompt."""
     arguments: Any = row.get("arguments")
     if isinstance(arguments, Mapping):
-        arguments = [list(_object(entry).values()) for entry in arguments.values()]
+        arguments = [list(object_of(entry).values()) for entry in arguments.values()]
     prompt = arguments[0][0]
     if isinstance(prompt, str) and prompt.lstrip().startswith("[{"):
         prompt = parse_json(prompt)
-    fields = about(row)
-    scores = [row[name] for name in ("exact_match", "acc") if row.get(name) in (0, 1)]
-    for number, responses in enumerate(row["resps"]):
-        text = responses[0] if isinstance(responses, list) else responses
-        id = f"{row['doc_id']}/{number}" if len(row["resps"]) > 1 else str(row["doc_id"])
+    fields = about(row, "doc_id", "arguments", "resps")
+    texts = [text for responses in row["resps"] for text in (responses if isinstance(responses, list) else [responses])]
+    scores = {bool(row[name]) for name in ("exact_match", "acc") if row.get(name) in (0, 1)}
+    # the score is that of the answer; of several, or of two scores that differ, nothing shows which one it belongs to
+    correct = scores.pop() if len(scores) == 1 and len(texts) == 1 else None
+    for number, text in enumerate(texts):
+        id = f"{row['doc_id']}/{number}" if len(texts) > 1 else str(row["doc_id"])
         yield Conversation(
             [*_given(prompt), {"role": "assistant", "content": text}],
-            **{**fields, "id": id, "prompt_id": str(row["doc_id"]), "correct": bool(scores[0]) if scores else None},
+            **{**fields, "id": id, "prompt_id": str(row["doc_id"]), "correct": correct},
         )
 
 
 def _prompt_answer(row: Row) -> Iterator[Conversation]:
-    fields = about(row)
-    answer = next(row[name] for name in _RESPONSE_TEXT if isinstance(row.get(name), str))
-    reasoning = {name: row[name] for name in REASONING_FIELDS if isinstance(row.get(name), str)}
-    message = {"role": "assistant", "content": answer} | reasoning
-    yield Conversation([*_given(row["prompt"]), message], **fields)
+    fields = about(row, "prompt", "input", "context", *_RESPONSE_TEXT, *REASONING_FIELDS)
+    answers = {name: row[name] for name in _RESPONSE_TEXT if isinstance(row.get(name), str)}
+    if len(set(answers.values())) > 1:
+        raise InputError(
+            f"it has {' and '.join(answers)}, and nothing shows which one the model wrote: keep one of them, and call "
+            "the right answer target"
+        )
+    if more := [name for name in ("input", "context") if row.get(name) not in (None, "", [])]:
+        raise InputError(f"it has a prompt and {more[0]}: join them in the prompt as the model saw them")
+    message = {"role": "assistant", "content": next(iter(answers.values()))}
+    message |= {name: row[name] for name in REASONING_FIELDS if row.get(name) is not None}
+    yield Conversation(with_system(row, [*_given(row["prompt"]), message]), **fields)
 
 
 def _is_transcript(row: Row) -> bool:

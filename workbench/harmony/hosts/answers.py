@@ -11,9 +11,8 @@ from typing import Any, TypeGuard
 
 from workbench.errors import InputError
 from workbench.harmony.chat_messages import from_chat_messages
-from workbench.harmony.formats.shapes import is_complete, with_preambles
-
-_ENDED = ("stop", "tool_calls", None)
+from workbench.harmony.completion import is_complete
+from workbench.harmony.formats.shapes import with_preambles
 
 
 @dataclass(frozen=True)
@@ -40,8 +39,7 @@ def from_chat(reply: Any) -> Answer:
     """Return the answer of `/chat/completions`."""
     choice = _first(_get(reply, "choices", list), "choices")
     message = _get(choice, "message", dict)
-    complete = choice.get("finish_reason") in _ENDED
-    return _answer([{**message, "role": "assistant"}], complete, choice, reply)
+    return _answer([{**message, "role": "assistant"}], True, choice, reply)
 
 
 def from_responses(reply: Any) -> Answer:
@@ -62,9 +60,9 @@ def first_choice(reply: Any) -> Mapping[str, Any]:
 
 
 def _answer(messages: list[Any], complete: bool, choice: Mapping[str, Any], reply: Mapping[str, Any]) -> Answer:
-    cut = not complete or is_complete(choice) is False
     try:
-        answer = from_chat_messages(messages, truncated=cut, split=True) if messages else None
+        complete = complete and is_complete(choice) is not False
+        answer = from_chat_messages(messages, truncated=not complete, split=True) if messages else None
     except InputError as error:
         raise NoAnswerError(str(error)) from error
     written = [m for m in answer.messages if m["content"] or m.get("recipient") or m.get("raw")] if answer else []

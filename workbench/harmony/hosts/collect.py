@@ -86,10 +86,11 @@ def _refuse_other_requests(
             continue
         begun = meta.get(KEY) or {"model": meta.get("model")}
         now = request_fields(by_id[id], settings)
+        names = {*begun, *now} & ({*now, "tokenizer"} if KEY in meta else {*begun} & {*now})
         other = [
-            f"{name} {shown(begun[name])}, now {shown(now[name])}"
-            for name in begun
-            if begun[name] != now.get(name, begun[name])
+            f"{name} {shown(begun.get(name))}, now {shown(now.get(name))}"
+            for name in sorted(names)
+            if begun.get(name) != now.get(name)
         ]
         raise InputError(
             f"{out} holds {id!r} of another request ({'; '.join(other) or 'its prompt or settings differ'}): "

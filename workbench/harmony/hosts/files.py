@@ -83,7 +83,8 @@ def _converted(path: Path, requests: Path | None, effort: str | None) -> tuple[s
             if size > _MOST_BYTES:
                 raise InputError(f"{path} holds more than {_MOST_BYTES:,} bytes of conversations: split it")
     if not kinds:
-        raise InputError(f"{path} is not a file of conversations that can be read; expected {READABLE}")
+        why = f" ({left_out[0]})" if left_out else ""
+        raise InputError(f"{path} is not a file of conversations that can be read{why}; expected {READABLE}")
     return " and ".join(kinds), _distinct(rows), left_out
 
 

@@ -1,5 +1,6 @@
 """What is requested of a host: the settings of a collection and its jobs, one for each prompt, effort and sample."""
 
+import functools
 import hashlib
 import json
 import math
@@ -10,6 +11,7 @@ from typing import Any
 from workbench.errors import InputError
 from workbench.harmony.messages import EFFORTS
 from workbench.harmony.transcripts import Prompt
+from workbench.harmony.vocabulary import tokenizer
 
 COMMAND = "transcripts"
 APIS = ("chat", "responses", "completions")  # those that are tried; `generate` is vLLM's own and must be named
@@ -77,6 +79,13 @@ class Job:
         return f"{self.prompt.id}/{self.effort}/{self.sample}"
 
 
+@functools.lru_cache(maxsize=8)
+def _vocabulary(folder: str) -> str:
+    """Return a digest of the vocabulary and the chat template of a checkpoint folder."""
+    words = tokenizer(folder)
+    return hashlib.sha256(f"{words.digest} {words.chat_template or ''}".encode()).hexdigest()[:16]
+
+
 def request_fields(job: Job, settings: Settings) -> dict[str, Any]:
     """Return the fields of a request that could change its answer, by name; long texts are replaced by a digest."""
 
@@ -89,12 +98,13 @@ def request_fields(job: Job, settings: Settings) -> dict[str, Any]:
         "max_tokens": settings.max_tokens,
         "prompt": digest([job.prompt.messages, job.prompt.options]),
         "body": digest(dict(settings.body)),
-    }
+    } | ({"tokenizer": _vocabulary(settings.vocabulary)} if settings.vocabulary else {})
 
 
 def request_digest(job: Job, settings: Settings) -> str:
     """Return the digest of everything in a request that could change its response."""
     asked = [job.prompt.messages, job.effort, job.sample, settings.model, settings.temperature, settings.max_tokens]
     asked += [job.prompt.options] if job.prompt.options else []
+    asked += [_vocabulary(settings.vocabulary)] if settings.vocabulary else []  # with it prompts are made and ids read
     text = json.dumps([*asked, dict(settings.body)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

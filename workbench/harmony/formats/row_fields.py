@@ -1,0 +1,157 @@
+"""The fields that rows of any format may have beside their conversation: ids, effort, options, system text, the rest.
+
+What nothing reads is kept in the metadata, so that no field is lost; what is too large for that is noted.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from workbench.bounded_json import parse_json
+from workbench.errors import InputError
+from workbench.harmony.completion import is_complete
+from workbench.harmony.flags import SEQUENCE_FLAGS
+from workbench.harmony.messages import EFFORTS, effort_of, shown
+
+Row = Mapping[str, Any]
+_RENDERING = ("builtin_tools", "model_identity", "knowledge_cutoff", "date")
+_MAX_META_CHARACTERS = 10_000  # of a field that nothing reads
+_IMAGES = {"image", "images", "image_url", "video", "videos", "audio", "audios"}
+# what `about` and `with_system` read
+_READ = {
+    *("id", "custom_id", "request_id", "prompt_id", "effort", "reasoning_effort", "think", "chat_template_kwargs"),
+    *("extra_body", "tools", "functions", "complete", "truncated", "system", "system_prompt", "metadata"),
+    *_RENDERING,
+}
+_TYPES = {"correct": bool, "target": str, "meta": dict, "notes": list}  # of fields that are read if they have it
+
+
+def about(row: Row, *read: str) -> dict[str, Any]:
+    """Return the fields that rows of any format may have beside the conversation. read: names of the format's own.
+
+    Raises:
+        InputError: the row names two different efforts, or a value has a type that it cannot have.
+    """
+    id = _first_of(row, "id", "custom_id", "request_id")
+    template = _template_fields(row)
+    options = {name: row.get(name, template.get(name)) for name in _RENDERING}
+    tools, functions = row.get("tools"), row.get("functions")
+    options["tools"] = (
+        [*tools, *functions] if isinstance(tools, list) and isinstance(functions, list) else tools or functions
+    )
+    return {
+        "id": id,
+        "prompt_id": _first_of(row, "prompt_id") or id,
+        "effort": one_effort(row),
+        "options": {name: value for name, value in options.items() if value is not None},
+        "complete": is_complete(row),
+        "correct": row.get("correct") if isinstance(row.get("correct"), bool) else None,
+        "answer": row.get("target") if isinstance(row.get("target"), str) else None,
+        "meta": {**_kept(row, read), **object_of(row.get("metadata")), **object_of(row.get("meta"))},
+        "notes": _notes(row, read),
+    }
+
+
+def _first_of(row: Row, *names: str) -> str:
+    """Return the first of these fields that is there, as text; "" if none is."""
+    return next((str(row[name]) for name in names if row.get(name) not in (None, "")), "")
+
+
+def _template_fields(row: Row) -> Row:
+    return object_of(row.get("chat_template_kwargs")) or object_of(
+        object_of(row.get("extra_body")).get("chat_template_kwargs")
+    )
+
+
+def one_effort(*rows: Row) -> Any:
+    """Return the effort that rows name in any of its places; None if they name none.
+
+    Raises:
+        InputError: they name two different ones.
+    """
+    efforts: list[Any] = []
+    for row in rows:
+        places = (
+            row.get("effort"),
+            row.get("reasoning_effort"),
+            object_of(row.get("reasoning")).get("effort"),
+            _template_fields(row).get("reasoning_effort"),
+            _effort_only(row.get("think")),
+        )
+        efforts += [value for value in places if value not in (None, "")]
+    if len(efforts) > 1 and len({effort_of(value) for value in efforts}) > 1:
+        raise InputError(
+            f"it names the efforts {' and '.join(sorted({effort_of(e) for e in efforts}))}: keep one of them"
+        )
+    return efforts[0] if efforts else None
+
+
+def _unread(row: Row, read: Sequence[str]) -> dict[str, Any]:
+    """Return the fields that nothing reads, or that have a type in which they cannot be read."""
+    known = {*_READ, *_IMAGES, *read}
+    return {
+        name: value
+        for name, value in row.items()
+        if value not in (None, "", [], {}) and name not in known and not isinstance(value, _TYPES.get(name, _Nothing))
+    }
+
+
+class _Nothing:
+    """A type that no value has."""
+
+
+def _kept(row: Row, read: Sequence[str]) -> dict[str, Any]:
+    """Return the fields that nothing reads and that metadata can hold."""
+    texts = {name: _as_json(value) for name, value in _unread(row, read).items()}
+    return {name: parse_json(text) for name, text in texts.items() if text is not None}
+
+
+def _as_json(value: Any) -> str | None:
+    """Return a value as JSON, dates and the like as text; None if it is no value of metadata."""
+    if isinstance(value, bytes):
+        return None
+    try:
+        text = json.dumps(value, default=lambda part: None if isinstance(part, bytes) else str(part))
+    except (TypeError, ValueError):
+        return None
+    return text if len(text) <= _MAX_META_CHARACTERS else None
+
+
+def _notes(row: Row, read: Sequence[str]) -> list[str]:
+    """Return flags of a row: those that a transcript has from an earlier reading, and what is left out now."""
+    own = (
+        [note for note in row.get("notes") or [] if note in SEQUENCE_FLAGS]
+        if isinstance(row.get("notes"), list)
+        else []
+    )
+    own += ["images_left_out"] if any(row.get(name) not in (None, "", [], {}) for name in _IMAGES) else []
+    return [*own, *(["fields_left_out"] if any(_as_json(v) is None for v in _unread(row, read).values()) else [])]
+
+
+def object_of(value: Any) -> Mapping[str, Any]:
+    """Return a value that is an object, or an empty one."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def _effort_only(value: Any) -> Any:
+    return value if isinstance(value, str) and value.strip().lower() in EFFORTS else None
+
+
+def with_system(row: Row, messages: Sequence[Any]) -> list[Any]:
+    """Return messages after the system text that a row keeps beside them.
+
+    Raises:
+        InputError: the messages begin with another one.
+    """
+    for name in ("system", "system_prompt"):
+        text = row.get(name)
+        if text in (None, "", []):
+            continue
+        if not isinstance(text, str | list):
+            raise InputError(f"{name} is {shown(text)}; expected text")
+        first = object_of(messages[0]) if messages else {}
+        if first.get("role", first.get("from")) != "system":
+            messages = [{"role": "system", "content": text}, *messages]
+        elif first.get("content", first.get("value")) != text:
+            raise InputError(f"{name} and its first message are two different system texts: keep one of them")
+    return list(messages)
