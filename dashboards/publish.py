@@ -113,7 +113,9 @@ def _head(run: Run, number: int, before: int | None, after: int | None) -> str:
     row = _row(run, number)
     expected = f"expected answer {row['answer']}" if str(row["answer"]) else ""
     known = [f"{name} {row[name]}" for name in ("task", "effort") if str(row[name])]
-    facts = " · ".join(filter(None, [*known, count_of(int(row["length"]), "token"), expected, str(row["correct"])]))
+    facts = " · ".join(
+        filter(None, [*known, count_of(int(run.sequences["length"][number]), "token"), expected, str(row["correct"])])
+    )
     links = "".join(
         f'<a href="{other}.html">{escape(text)}</a>'
         for other, text in ((before, "← Previous conversation"), (after, "Next conversation →"))
