@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from traceback import walk_tb
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
@@ -29,6 +30,8 @@ from workbench.studies import quick_look
 
 # of `panel.serve`: how long a page waits for the connection of its browser, which first loads 5 MB over ssh, say
 SESSIONS: dict[str, Any] = {"unused_session_lifetime_milliseconds": 60_000}
+# loggers that report connections which are closed
+_OF_CONNECTIONS = ("bokeh.server.views.ws", "bokeh.server.protocol_handler", "tornado.application", "asyncio")
 _LOCAL = ("localhost", "127.0.0.1")  # addresses that only this machine reaches
 
 
@@ -199,12 +202,21 @@ class _ClosedConnections(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None
-        return "connection was closed" not in record.getMessage() and not isinstance(error, WebSocketClosedError)
+        closed = isinstance(error, WebSocketClosedError) or (
+            isinstance(error, AssertionError) and _raised_in(error) == "bokeh.server.connection"
+        )
+        return "connection was closed" not in record.getMessage() and not closed
+
+
+def _raised_in(error: BaseException) -> str:
+    """Return the name of the module that raised an error; bokeh.server.connection does it where it has been closed."""
+    frames = list(walk_tb(error.__traceback__))
+    return str(frames[-1][0].f_globals.get("__name__", "")) if frames else ""
 
 
 def expect_closed_connections() -> None:
-    """Log nothing when a browser leaves while something is sent to it."""
-    for logger in map(logging.getLogger, ("bokeh.server.views.ws", "asyncio")):
+    """Log nothing when a browser leaves while something is sent to it, or before what it sent is read."""
+    for logger in map(logging.getLogger, _OF_CONNECTIONS):
         if not any(isinstance(known, _ClosedConnections) for known in logger.filters):
             logger.addFilter(_ClosedConnections())
 

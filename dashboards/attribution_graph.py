@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from workbench import harmony
 from workbench.bounded_json import read_json
 from workbench.dashboards.theme import BORDER
 from workbench.errors import InputError
@@ -21,7 +22,7 @@ from workbench.figures.template import ThemeName
 
 _PAGE = Path(__file__).with_name("graph.html")
 HEIGHT = 760
-VIEW = ("threshold", "pins", "groups", "node")  # what can be chosen in the frame
+VIEW = ("threshold", "pins", "groups", "labels", "subgraph", "node")  # what can be chosen in the frame
 MOST_NODES, MOST_EDGES = 3_000, 12_000  # that are drawn; of more, those with the largest influence or weight
 OURS = "gpt-oss"  # the scan of files that `workbench graph` wrote before it marked its influences as cumulative
 # of a node in the format, as they are written to the JSON that the page saves
@@ -30,6 +31,14 @@ _FIELDS = (
     *("token_prob", "is_target_logit", "run_idx", "reverse_ctx_idx"),
 )
 _LAYER = re.compile(r"-?[0-9]{1,4}")
+# as `workbench graph --prompt` writes it: a system message with the effort, one user message, and the answer
+_PROMPT = re.compile(
+    r"(?P<prompt><\|start\|>system<\|message\|>.*?Reasoning: (?P<effort>low|medium|high)\b.*?"
+    r"<\|start\|>user<\|message\|>(?P<user>.*?)<\|end\|><\|start\|>assistant)(?P<begin>.*)",
+    re.DOTALL,
+)
+_DATE = re.compile(r"\d{4}-\d{2}-\d{2}")  # the system message may name the day, which takes as many tokens on every day
+_PREDICTED = 8  # tokens from the target on
 _EXPERT = re.compile(r"layer ([0-9]{1,4}) expert ([0-9]{1,4})")
 
 
@@ -46,6 +55,35 @@ def experts_by_node(graph: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     """Return the (layer, expert) of each node that is an expert, by the id of the node."""
     matches = {node["id"]: _EXPERT.fullmatch(node["label"]) for node in graph["nodes"] if node["kind"] == "expert"}
     return {id: (int(match[1]), int(match[2])) for id, match in matches.items() if match}
+
+
+def ablation_recipe(graph: Mapping[str, Any], id: str, tokenizer: harmony.Tokenizer | None) -> dict[str, Any] | None:
+    """Return a recipe of the live page that forbids the expert of a node at its token and predicts the target again.
+
+    None if the node is no expert, or if the live page would write another prompt, in which the token may be elsewhere:
+    it writes the usual system message, one user message, and the beginning of the answer as it is.
+    """
+    expert = experts_by_node(graph).get(id)
+    match = _PROMPT.fullmatch("".join(graph["tokens"]))
+    if expert is None or match is None or tokenizer is None:
+        return None
+    try:
+        question = [{"role": "user", "content": match["user"]}]
+        ids = harmony.render(question, effort=match["effort"], tokenizer=tokenizer)
+    except InputError:
+        return None
+    if _DATE.sub("", tokenizer.decode(ids)) != _DATE.sub("", match["prompt"]):
+        return None
+    position = next(node["position"] for node in graph["nodes"] if node["id"] == id)
+    scope = {"start": position, "stop": position + 1}
+    return {
+        "recipe": 1,
+        "user": match["user"],
+        "effort": match["effort"],
+        "begin": match["begin"],
+        "max_new_tokens": _PREDICTED,
+        "interventions": [{"kind": "forbid", "cells": [list(expert)], "scope": scope}],
+    }
 
 
 def frame(

@@ -42,7 +42,7 @@ class _Conversations:
         self.find = pn.widgets.TextInput(
             label="Id, answer or text contains", value=session.choice.text("find"), width=widgets.WIDTH
         )
-        orders = {"order of capture": ""}
+        orders = {"order of capture": "", "longest first (tokens)": "longest", "shortest first (tokens)": "shortest"}
         if "routing" in session.run.recorded:
             orders["load of the expert"] = "expert"
         self.importance = session.registry.stored(session.name).experiments.get("sentence-importance", {})
@@ -126,6 +126,7 @@ class _Conversations:
             text=str(self.find.value),
             expert=expert if self.order.value == "expert" else None,
             kind=str(self.kind.value),
+            order=str(self.order.value),
         )
         if self.order.value != "importance":
             return matches

@@ -14,7 +14,7 @@ from workbench.bounded_json import parse_json
 from workbench.dashboards.session import Session
 from workbench.errors import InputError
 
-_VALUE = re.compile(r"[\w .:|-]{0,900}")
+_VALUE = re.compile(r"[\w .:|%-]{0,900}")
 
 
 def chosen_view(text: str, names: Sequence[str]) -> dict[str, str]:

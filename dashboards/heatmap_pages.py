@@ -11,8 +11,7 @@ import panel as pn
 import xarray as xr
 
 from workbench.dashboards import content, expert_sections, neurons_page, search, widgets
-from workbench.dashboards.session import Page, Selectors, Session, box, study
-from workbench.errors import InputError
+from workbench.dashboards.session import Page, Selectors, Session, box, not_recorded, study
 from workbench.figures import quick_look as draw
 from workbench.figures import routing as draw_routing
 from workbench.studies import quick_look
@@ -88,14 +87,10 @@ def _choose_largest(session: Session, chosen: Selectors, cells: Cells) -> None:
 
 
 def experts(session: Session) -> Page:
-    """Return the expert page: load heat map, one expert, co-activated experts, and the routing study.
-
-    Raises:
-        InputError: the run did not record routing.
-    """
+    """Return the expert page: load heat map, one expert, co-activated experts, and the routing study."""
     run = session.run
     if "routing" not in run.recorded:
-        raise InputError(f"{session.name} has no recorded routing. It contains {', '.join(run.recorded)}")
+        return Page([], [widgets.html(content.about(run)), not_recorded(run, "routing", "--record routing")])
 
     def folded(chosen: Selectors) -> pn.Card:
         note = f"Pairs of experts in layer {chosen['layer']}, and of that layer and the next; all efforts and tasks"
@@ -163,14 +158,10 @@ def _pairs(session: Session, chosen: Selectors) -> pn.Column:
 
 
 def sinks(session: Session) -> Page:
-    """Return the sink page: mean sink attention by layer and head, one head, and the sinks study.
-
-    Raises:
-        InputError: the run did not record sink attention.
-    """
+    """Return the sink page: mean sink attention by layer and head, one head, and the sinks study."""
     run = session.run
     if not {"sinks", "sink_sums"} & set(run.recorded):
-        raise InputError(f"{session.name} has no recorded sink attention. It contains {', '.join(run.recorded)}")
+        return Page([], [widgets.html(content.about(run)), not_recorded(run, "sink attention", "--record sinks")])
     measures: dict[str, draw.Measure] = {"mean sink attention": "mass", "standard deviation over tokens": "spread"}
     return _cells(session, Cells("sinks", "head", measures, quick_look.sinks, _head, "mass"))
 

@@ -76,15 +76,16 @@ def channels(session: Session) -> Page:
 
 
 def effort(session: Session) -> Page:
-    """Return the page of reasoning effort: accuracy and tokens by task, then the study at equal position.
-
-    Raises:
-        InputError: the run has one effort only.
-    """
+    """Return the page of reasoning effort: accuracy and tokens by task, then the study at equal position."""
     run, name = session.run, session.name
-    if len(session.registry.efforts(name, session.exclude)) < 2:
-        raise InputError(
-            f"{name} has only one effort, and this page compares at least two: capture transcripts of several efforts"
+    efforts = session.registry.efforts(name, session.exclude)
+    if len(efforts) < 2:
+        known = f"all transcripts of {name} have the effort {efforts[0]}" if efforts else f"{name} names none"
+        text = f"This page compares at least two, and {known}. "
+        text += "Generate answers to the same prompts at every effort, and capture them:"
+        command = "workbench generate MODEL PROMPTS.jsonl ANSWERS.jsonl --effort low --effort medium --effort high"
+        return Page(
+            [], [widgets.html(content.about(run)), widgets.empty_state("Fewer than two efforts", text, command)]
         )
     chosen = Selectors(session, "task")
     curve = box()

@@ -27,6 +27,7 @@ from workbench.studies.result import files_of
 PAGES = ("overview", "findings", "experts", "conversations")
 _TITLES = {"overview": "Overview", "findings": "Findings", "experts": "Experts", "conversations": "Conversations"}
 _COLUMNS = ("id", "task", "effort", "length", "answer", "correct")
+_HEADINGS = ("id", "task", "effort", "tokens", "expected answer", "grade")  # of the columns
 _GRADES = {1: "correct", 0: "wrong"}
 
 
@@ -110,7 +111,9 @@ def _navigation(current: str, shown: Sequence[str], folder: str = "") -> str:
 def _head(run: Run, number: int, before: int | None, after: int | None) -> str:
     """Return the title and the facts of a conversation, and links to the published ones before and after it."""
     row = _row(run, number)
-    facts = " · ".join(f"{name} {row[name]}" for name in _COLUMNS[1:] if str(row[name]))
+    expected = f"expected answer {row['answer']}" if str(row["answer"]) else ""
+    known = [f"{name} {row[name]}" for name in ("task", "effort") if str(row[name])]
+    facts = " · ".join(filter(None, [*known, count_of(int(row["length"]), "token"), expected, str(row["correct"])]))
     links = "".join(
         f'<a href="{other}.html">{escape(text)}</a>'
         for other, text in ((before, "← Previous conversation"), (after, "Next conversation →"))
@@ -132,7 +135,7 @@ def _body(name: str, contents: report.Contents, run: Run, numbers: Sequence[int]
     if name == "overview":
         yield from report.overview(contents, findings=_file("findings"))
     elif name == "findings":
-        yield "<h1>Findings</h1>"
+        yield f"<h1>Findings</h1>{report.links_to_sections(contents)}"
         for study, sets in contents.results.items():
             yield from report.section(study, sets)
     elif name == "experts":
@@ -175,4 +178,4 @@ def _conversations(run: Run, numbers: Sequence[int]) -> Iterator[str]:
     for number in numbers:
         row = _row(run, number)
         rows.append([page.Link(str(row["id"]), f"conversations/{number}.html"), *(row[c] for c in _COLUMNS[1:])])
-    yield page.table(_COLUMNS, rows, numbers=("length",))
+    yield page.table(_HEADINGS, rows, numbers=("tokens",))

@@ -1,9 +1,11 @@
 """The pages of what is stored beside a run: effects of experiments, and attribution graphs."""
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from html import escape
 from typing import Any
+from urllib.parse import urlencode
 
 import numpy as np
 import pandas as pd
@@ -11,7 +13,7 @@ import panel as pn
 import xarray as xr
 
 from workbench import registry
-from workbench.dashboards import attribution_graph, content, theme, widgets
+from workbench.dashboards import attribution_graph, content, search, theme, widgets
 from workbench.dashboards.figure_labels import figure_names
 from workbench.dashboards.frame_view import view_input
 from workbench.dashboards.session import Page, Session, box
@@ -32,6 +34,7 @@ _MEASURE_UNITS = {
     "tokens before divergence": "share of tokens",
     "routing flips": "share of routed slots",
 }
+_OF_ONE_GRAPH = ("pins", "groups", "labels", "subgraph", "node")  # another graph has other nodes
 _STACKED = 3  # figures of an experiment that are shown below each other
 
 
@@ -217,31 +220,27 @@ def graph(session: Session) -> Page:
     names = list(stored.graphs)
     pick = widgets.select("Graph", names, session.choice.get("graph", names))
     shown, linked = box(), box()
-    experts: dict[str, tuple[int, int]] = {}
-    target: list[str] = []  # the token that the graph explains, if the file names it
+    drawn: dict[str, Any] = {}  # the graph that is shown
 
     def describe(chosen: Mapping[str, str]) -> None:
-        expert = experts.get(chosen.get("node", ""))
-        linked[:] = [widgets.html(_about_graph(session, expert, *target))]
+        linked[:] = [widgets.html(_about_graph(session, drawn, chosen.get("node", "")))]
 
     view = view_input(session, attribution_graph.VIEW, describe)
 
     def show(*_: Any) -> None:
         before = session.choice.text("graph")
         if before != str(pick.value):
-            session.put(graph=str(pick.value), **({"pins": "", "groups": "", "node": ""} if before else {}))
+            session.put(graph=str(pick.value), **(dict.fromkeys(_OF_ONE_GRAPH, "") if before else {}))
         chosen = {name: session.choice.text(name) for name in attribution_graph.VIEW if session.choice.text(name)}
 
         def body() -> Any:
             path = stored.graphs[str(pick.value)]
             graph = attribution_graph.load(path)
-            experts.update(attribution_graph.experts_by_node(graph))
-            target[:] = [str(graph["about"]["target"])] if "target" in graph["about"] else []
+            drawn.update(graph)
             text = attribution_graph.frame(graph, path.stem, session.theme, chosen)
             return pn.pane.HTML(text, height=attribution_graph.HEIGHT + 10, sizing_mode="stretch_width")
 
-        experts.clear()
-        target.clear()
+        drawn.clear()
         shown[:] = [widgets.guarded(body)]
         describe(chosen)
 
@@ -250,12 +249,14 @@ def graph(session: Session) -> Page:
     return Page([pick], [linked, shown, view, *_notes(stored)])
 
 
-def _about_graph(session: Session, expert: tuple[int, int] | None, target: str = "") -> str:
-    """Return HTML of the page's question and, where a node of an expert is chosen, a link to the expert's page.
+def _about_graph(session: Session, graph: Mapping[str, Any], node: str) -> str:
+    """Return HTML of the page's question and, where the node is an expert, links to its page and to its ablation.
 
-    target: the token that the graph explains.
+    graph: what `attribution_graph.load` returned; empty if it could not be read.
     """
-    token = f"the token <b>{escape(repr(target))}</b>" if target else "this token"
+    expert = attribution_graph.experts_by_node(graph).get(node) if graph else None
+    target = graph["about"].get("target") if graph else None
+    token = f"the token <b>{escape(repr(str(target)))}</b>" if target is not None else "this token"
     text = f"Why did the model predict {token}? Each node is an embedding, a head or a routed expert at a token."
     hint = "Choose the node of an expert to open its page."
     if expert is not None:
@@ -263,6 +264,14 @@ def _about_graph(session: Session, expert: tuple[int, int] | None, target: str =
         view = dict.fromkeys(attribution_graph.VIEW, "")
         address = escape(session.link("experts", layer=layer, expert=number, **view))
         hint = f"<a href='{address}'>Load, examples and effects of layer {layer}, expert {number}</a>"
+        words, model = search.vocabulary(session.run), session.registry.served_model
+        recipe = attribution_graph.ablation_recipe(graph, node, words)
+        if recipe is not None and model:
+            values = {"theme": "dark"} if session.theme == "dark" else {}
+            query = urlencode(values | {"recipe": json.dumps(recipe | {"model": model}, ensure_ascii=False)})
+            hint += (
+                f" · <a href='{escape(session.address('live', query))}'>Forbid it at this token on the page Live</a>"
+            )
     return f"<p>{text} <span class='wb-muted'>{hint}</span></p>"
 
 

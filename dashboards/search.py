@@ -16,6 +16,7 @@ from workbench.studies.quick_look import ALL
 
 _MOST_TOKENS = 300_000  # that a table of tokens is made from
 _GRADES = {"correct": 1, "wrong": 0, "ungraded": -1}
+_LENGTHS = ("longest", "shortest")  # orders of conversations by their tokens
 _POSITION_BINS = 2.0 ** np.arange(18)
 
 
@@ -166,17 +167,17 @@ def conversations(
     effort: str = ALL,
     text: str = "",
     channel: str = ALL,
-    most: int = 500,
     expert: tuple[int, int] | None = None,
     kind: str = "",
+    order: str = "",
 ) -> dict[str, int]:
     """Return conversations as label → number.
 
     kind: correct, wrong, ungraded or irregular; "" for all.
 
     text: contained in the id, the answer, or the tokens of the channel. expert: sort by the share of tokens (of the
-    channel) that are routed to this (layer, expert), largest first. most: the search in tokens ends when this many
-    conversations are found; without a text all are returned.
+    channel) that are routed to this (layer, expert), largest first. order: "longest" or "shortest" first, else as
+    captured; the label states the share or the number of tokens that the list is sorted by.
     """
     table = run.sequences
     wanted = pd.Series(True, index=table.index)
@@ -191,18 +192,20 @@ def conversations(
         wanted &= share.reindex(table.index) > 0
     if text:
         in_table = table["id"].str.contains(text, regex=False) | table["answer"].str.contains(text, regex=False)
-        wanted &= in_table | table.index.isin(
-            _containing_text(run, text, channel, set(table.index[wanted].tolist()), most)
-        )
+        wanted &= in_table | table.index.isin(_containing_text(run, text, channel, set(table.index[wanted].tolist())))
     rows = table[wanted]
     if share is not None:
         rows = rows.loc[share.reindex(rows.index).sort_values(ascending=False, kind="stable").index]
+    elif order in _LENGTHS:
+        rows = rows.sort_values("length", ascending=order == "shortest", kind="stable")
     marks = {1: " ✓", 0: " ✗"}
     labels = [
         f"{i}{marks.get(right, '')}" for i, right in zip(rows["id"].tolist(), rows["correct"].tolist(), strict=True)
     ]
     if share is not None:
         labels = [f"{label}  {100 * share[number]:.1f} %" for label, number in zip(labels, rows.index, strict=True)]
+    elif order in _LENGTHS:
+        labels = [f"{label} ({length:,})" for label, length in zip(labels, rows["length"], strict=True)]
     return dict(zip(labels, rows.index.tolist(), strict=True))
 
 
@@ -215,8 +218,8 @@ def _share_of_expert(run: Run, channel: str, layer: int, expert: int) -> Float[p
     return pd.Series(np.divide(chosen, of, out=np.zeros(len(of)), where=of > 0), index=tokens["sequence"].values)
 
 
-def _containing_text(run: Run, text: str, channel: str, among: set[int], most: int) -> list[int]:
-    """Return sequences that contain a text, ignoring case; stops when enough are found."""
+def _containing_text(run: Run, text: str, channel: str, among: set[int]) -> list[int]:
+    """Return sequences that contain a text, ignoring case."""
     words = vocabulary(run)
     if words is None:
         return []
@@ -226,8 +229,6 @@ def _containing_text(run: Run, text: str, channel: str, among: set[int], most: i
             selected = ids if channel == ALL else ids[inside == CHANNELS.index(channel)]
             if number in among and wanted in words.decode(selected.tolist()).lower():
                 matches.append(number)
-        if len(matches) >= most:
-            break
     return matches
 
 

@@ -21,6 +21,9 @@ from workbench.runs import Run
 from workbench.studies import quick_look
 from workbench.studies.quick_look import ALL
 
+# what `workbench capture --record` takes by its name alone
+_WITHOUT_OPTIONS = ("routing", "router_logits", "sinks", "sink_sums", "logprobs", "examples", "neurons")
+
 
 @dataclass
 class Session:
@@ -156,12 +159,21 @@ def missing_record(record: registry.Record, run: Run) -> Any:
     try:
         record.check_recorded(run)
     except InputError as error:
-        reason, _, remedy = str(error).rpartition(": ")
-        needed = " and ".join(record.requires)
-        command = f"workbench capture MODEL TRANSCRIPTS RUN.zarr {remedy.removeprefix('capture again with ')}"
-        title = f"This run has no recorded {needed}"
-        return widgets.empty_state(title, f"{reason}. Capture again with:", command)
+        remedy = str(error).rpartition(": ")[2].removeprefix("capture again with ")
+        return not_recorded(run, " and ".join(record.requires), remedy)
     return None
+
+
+def not_recorded(run: Run, needed: str, remedy: str) -> Any:
+    """Return what a page shows if a run lacks a quantity: the command that records it, and again what the run has.
+
+    remedy: options of `workbench capture`, as "--record sinks".
+    """
+    again = [name for name in run.recorded if name in _WITHOUT_OPTIONS and f"--record {name}" not in remedy]
+    options = " ".join([*(f"--record {name}" for name in again), remedy])
+    text = f"It recorded {', '.join(run.recorded) or 'nothing'}. Capture the same transcripts into another run:"
+    command = f"workbench capture MODEL TRANSCRIPTS RUN.zarr {options}"
+    return widgets.empty_state(f"This run has no recorded {needed}", text, command)
 
 
 def box() -> pn.Column:

@@ -58,6 +58,8 @@ class Selection:
         "threshold",
         "pins",
         "groups",
+        "labels",
+        "subgraph",
         "node",
         "token",
         "neuron",

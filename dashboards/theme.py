@@ -136,7 +136,8 @@ _COMPONENT_CSS = """
 .bk-input{background:var(--wb-surface);color:var(--wb-ink);border:1px solid var(--wb-control);border-radius:6px}
 textarea.bk-input{padding:6px 12px}.bk-btn a{color:inherit;text-decoration:none}
 select.bk-input{padding:0 2px 0 8px;appearance:auto!important;background-image:none!important}
-.bk-input::file-selector-button{background:var(--wb-raised);color:var(--wb-ink);border:0;height:100%;
+.bk-input[type=file]{padding:0;line-height:30px;cursor:pointer}
+.bk-input::file-selector-button{background:var(--wb-raised);color:var(--wb-ink);border:0;height:30px;
 border-right:1px solid var(--wb-control);margin-right:8px;padding:0 12px;font:inherit}
 .bk-input:focus{border-color:var(--wb-accent);box-shadow:0 0 0 2px var(--wb-accent-soft)}
 .bk-btn,.bk-btn-default{background:var(--wb-surface)!important;color:var(--wb-ink)!important;

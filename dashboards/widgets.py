@@ -165,7 +165,9 @@ def _long_table(rows: pd.DataFrame, links: Mapping[str, Sequence[str]]) -> pn.wi
         pagination="local",
         page_size=_PLAIN_ROWS,
         sizing_mode="stretch_width",
-        formatters={column: {"type": "plaintext"} for column in texts}
+        formatters={
+            column: {"type": "plaintext" if _widest(rows[column]) <= 2 * _LONG else "textarea"} for column in texts
+        }
         | {column: _decimals(rows[column]) for column in rows.columns if rows[column].dtype.kind == "f"}
         | {column: {"type": "link", "urlField": url, "labelField": text} for column, (url, text) in hidden.items()},
         configuration={"columnDefaults": {"minWidth": 60}},
@@ -177,11 +179,14 @@ def _long_table(rows: pd.DataFrame, links: Mapping[str, Sequence[str]]) -> pn.wi
 
 
 def _shared_width(rows: pd.DataFrame, texts: Sequence[str]) -> dict[str, str]:
-    """Return widths of columns in % by name, so that none is out of sight; {} if all texts fit beside each other."""
+    """Return widths of columns in % by name, so that none is out of sight; {} if all texts fit beside each other.
+
+    Numbers alone share the width, too: the last column would take all that is left of it, far from its heading.
+    """
     lengths = {c: max(len(str(c)), _widest(rows[c]) if c in texts else 0) for c in rows.columns}
     # headings of numbers are broken into lines
     sizes = {c: min(max(length, 8), 2 * _LONG) if c in texts else 13 for c, length in lengths.items()}
-    if sum(sizes.values()) <= 3 * _LONG:
+    if texts and sum(sizes.values()) <= 3 * _LONG:
         return {}
     return {c: f"{100 * size / sum(sizes.values()):.1f}%" for c, size in sizes.items()}
 

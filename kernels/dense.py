@@ -2,7 +2,8 @@
 
 Decoding multiplies one row or a few. torch reads a bfloat16 matrix for that at a third of the memory's speed, so that
 few rows take `workbench.kernels.cpu` on a CPU. Many rows are multiplied in float32 where the processor multiplies
-bfloat16 slowly: the matrix is widened a few outputs at a time, so that it stays in cache.
+bfloat16 slowly: the matrix is widened a few outputs at a time, so that it stays in cache. With AVX-512 they take the
+tiles of `workbench.kernels.cpu.tiles`.
 
 Cost: outputs · inputs multiply-adds a row; reads the matrix once.
 """

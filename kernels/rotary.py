@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from workbench.kernels import dispatch
+from workbench.kernels import cpu, dispatch
 from workbench.kernels.chunking import chunked
 
 
@@ -20,6 +20,8 @@ def rotate(
     """Return the rotated heads in x's dtype, computed in at least float32."""
     if (gpu := dispatch.triton("rotary", x)) and dispatch.without_gradient(x):
         return gpu.rotate(x, cos, sin)
+    if (positions := cpu.position_steps(x)) and cpu.compiled(cos, sin) and positions.covers_rotation(x.shape[-1]):
+        return positions.rotate(x, cos, sin)
     return chunked(_rotate, x, cos, sin, dim=1)
 
 

@@ -15,7 +15,8 @@ hook may read and change a value (`workbench.model.fused_block`). Besides what i
 threads asleep: after each parallel operation they wait actively for milliseconds, on the cores that these loops need.
 
 `tiles` multiplies many rows where the processor multiplies bfloat16 slowly and has AVX-512; elsewhere torch does it,
-with matrices that `products` unpacks or widens. `slots` computes what lies between the products of the experts.
+with matrices that `products` unpacks or widens. `slots` computes what lies between the products of the experts,
+`positions` the norms and rotations.
 
 The torch code in `workbench.kernels` remains the reference. It computes whatever is not covered here: gradients, other
 dtypes, inputs that are no multiple of 32, many rows, processors without AVX2 or NEON, tensors that torch.compile,
@@ -113,6 +114,13 @@ def few_rows(x: Tensor, *tensors: Tensor | None) -> ModuleType | None:
     return importlib.import_module("workbench.kernels.cpu.layer")
 
 
+def position_steps(x: Tensor, *others: Tensor) -> ModuleType | None:
+    """Return `workbench.kernels.cpu.positions` if x and the others [... d] are bfloat16, to which it can be applied."""
+    if any(tensor.dtype != torch.bfloat16 for tensor in (x, *others)) or not compiled(x, *others):
+        return None
+    return importlib.import_module("workbench.kernels.cpu.positions")
+
+
 def slot_steps(rows: Sequence[Tensor], *others: Tensor) -> ModuleType | None:
     """Return `workbench.kernels.cpu.slots` if these rows [... d] are bfloat16 and it can be applied to all tensors."""
     if any(tensor.dtype != torch.bfloat16 for tensor in rows) or not compiled(*rows, *others):
@@ -122,13 +130,13 @@ def slot_steps(rows: Sequence[Tensor], *others: Tensor) -> ModuleType | None:
 
 def compile_loops() -> None:
     """Compile all loops that this processor uses now, and not when each is first needed."""
-    layer, products, slots, tiles = (
-        importlib.import_module(f"workbench.kernels.cpu.{name}") for name in ("layer", "products", "slots", "tiles")
-    )
-    for compile_some in (products._loops, products._unpacking, layer._phases, slots._loops):
+    names = ("layer", "positions", "products", "slots", "tiles")
+    layer, positions, products, slots, tiles = (importlib.import_module(f"workbench.kernels.cpu.{n}") for n in names)
+    for compile_some in (products._loops, products._unpacking, layer._phases, positions._loops, slots._loops):
         compile_some()
     if tiles.available():
         tiles._dense()
+        tiles._dense_integer()
         tiles._integer()
 
 

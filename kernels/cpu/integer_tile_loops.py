@@ -16,6 +16,7 @@ Measured, one thread (Emerald Rapids), a matrix of 5760 × 2880: 9 rows 2.3 ms, 
 """
 
 from collections.abc import Callable
+from functools import partial, reduce
 from typing import Any, NamedTuple
 
 from llvmlite import ir
@@ -59,11 +60,12 @@ from workbench.kernels.cpu.vectors import (
 DEPTH = 8  # groups of a tile
 PAIRS = GROUP // 2
 GROUP_NUMBERS = PAIRS + 1  # of 32 bits: those of a group and its scale
-_GROUP_BYTES = ROW_BYTES * GROUP_NUMBERS
-_TILE_BYTES = _GROUP_BYTES * DEPTH
-THREAD_BYTES = _TILE_BYTES + ROW_BYTES * JOB_ROWS
+GROUP_BYTES = ROW_BYTES * GROUP_NUMBERS
+TILE_BYTES = GROUP_BYTES * DEPTH
+THREAD_BYTES = TILE_BYTES + ROW_BYTES * JOB_ROWS
 _words = ir.VectorType(_i16, 2 * LANES)
-_LEAST_EXPONENT, _NOT_FINITE = 15, 255  # of bfloat16, biased
+_LEAST, _NOT_FINITE = 15, 255  # exponents of bfloat16, biased
+_SQUARES = 0.995 * 2.0**31  # at most; after rounding to integers, too, the sum of squares is below 2^31
 
 
 def _scale_factors(b: Any, scales: Value, groups: Value) -> Value:
@@ -132,45 +134,102 @@ def _unpack_group(typingctx, blocks, scales, groups, result):
     return types.void(*[types.int64] * 4), generate
 
 
-@intrinsic
-def _round_group(typingctx, source, rows, result):
-    """Write a group of 32 bfloat16 inputs of a row as 16 pairs of integers and a scale, each `rows` numbers apart."""
+def fitted(b: Any, exponents: Value, values: list[Value], squares: Callable[[list[Value]], Value] | None) -> Any:
+    """Return float32 vectors as integers of 16 bits, and in each lane the power of two that these are multiples of.
 
-    def generate(context, b, signature, arguments):
-        source, rows, result = arguments
-        bits = _load(b, _words, source)
-        exponents = b.and_(bits, ir.Constant(_words, [0x7F80] * 2 * LANES))
-        largest = _function(b, "llvm.vector.reduce.umax.v32i16", _i16, _words)
-        exponent = b.zext(b.lshr(b.call(largest, [exponents]), ir.Constant(_i16, 7)), _i32)
-        finite = b.icmp_unsigned("<", exponent, ir.Constant(_i32, _NOT_FINITE))
-        least = ir.Constant(_i32, _LEAST_EXPONENT)
-        exponent = b.select(b.icmp_unsigned("<", exponent, least), least, exponent)
-        factor = b.shl(b.sub(ir.Constant(_i32, 268), exponent), ir.Constant(_i32, 23))  # 2^(14 - exponent)
-        inverse = b.shl(b.sub(exponent, ir.Constant(_i32, 14)), ir.Constant(_i32, 23))
-        inverse = b.select(finite, inverse, ir.Constant(_i32, 0x7FC00000))
-        factors = _broadcast(b, b.bitcast(factor, _f32))
-        nearest = _function(b, "llvm.rint.v16f32", _floats, _floats)
-        wide = b.bitcast(bits, _ints)
-        even, odd = b.shl(wide, _repeat(_ints, 16)), b.and_(wide, _repeat(_ints, 0xFFFF0000))
-        even, odd = (
-            b.fptosi(b.call(nearest, [b.fmul(b.bitcast(half, _floats), factors)]), _ints) for half in (even, odd)
-        )
-        pairs = b.or_(b.and_(even, _repeat(_ints, 0xFFFF)), b.shl(odd, _repeat(_ints, 16)))
-        step = b.mul(rows, _int(4))
-        for pair in range(PAIRS):
-            value = b.extract_element(pairs, ir.Constant(_i32, pair))
-            b.store(value, _pointer(b, _i32, result, b.mul(step, _int(pair))), align=4)
-        b.store(inverse, _pointer(b, _i32, result, b.mul(step, _int(PAIRS))), align=4)
-        return context.get_dummy_value()
+    exponents: of the largest of the numbers of the lane's group, as bfloat16 has it. squares: returns the sum of the
+    squares of a half of them, the larger one, where it is limited.
+    """
+    finite = b.icmp_unsigned("<", exponents, _repeat(_ints, _NOT_FINITE))
+    exponents = b.select(b.icmp_unsigned("<", exponents, _repeat(_ints, _LEAST)), _repeat(_ints, _LEAST), exponents)
 
-    return types.void(*[types.int64] * 3), generate
+    def scaled() -> list[Value]:
+        factor = b.shl(b.sub(_repeat(_ints, 268), exponents), _repeat(_ints, 23))  # 2^(14 - exponent)
+        return [b.fmul(value, b.bitcast(factor, _floats)) for value in values]
+
+    if squares:
+        total = squares(scaled())
+        for limit in (_SQUARES, 4 * _SQUARES):
+            above = b.fcmp_ordered(">", total, _repeat(_floats, limit))
+            exponents = b.add(exponents, b.zext(above, _ints))
+    nearest = _function(b, "llvm.x86.avx512.mask.cvtps2dq.512", _ints, _floats, _ints, _i16, _i32)
+    rest = (_repeat(_ints, 0), ir.Constant(_i16, -1), ir.Constant(_i32, 4))  # all lanes, to the nearest
+    integers = [b.call(nearest, [value, *rest]) for value in scaled()]
+    powers = b.shl(b.sub(exponents, _repeat(_ints, 14)), _repeat(_ints, 23))
+    return integers, b.bitcast(b.select(finite, powers, _repeat(_ints, 0x7FC00000)), _floats)
 
 
-def _products(rows: int) -> Any:
+def widened_pairs(b: Any, pairs: Value) -> list[Value]:
+    """Return the first and the second of pairs of bfloat16, as float32."""
+    halves = b.shl(pairs, _repeat(_ints, 16)), b.and_(pairs, _repeat(_ints, 0xFFFF0000))
+    return [b.bitcast(half, _floats) for half in halves]
+
+
+def paired(b: Any, first: Value, second: Value) -> Value:
+    """Return pairs of integers of 16 bits."""
+    return b.or_(b.and_(first, _repeat(_ints, 0xFFFF)), b.shl(second, _repeat(_ints, 16)))
+
+
+def larger(b: Any, first: Value, second: Value) -> Value:
+    """Return the larger number in each lane."""
+    return b.select(b.fcmp_ordered(">", second, first), second, first)
+
+
+def sum_of_squares(b: Any, values: list[Value]) -> Value:
+    """Return the sum over vectors in each lane."""
+    sums = [b.fmul(value, value) for value in values]
+    while len(sums) > 1:
+        sums = [b.fadd(*sums[i : i + 2]) for i in range(0, len(sums), 2)]
+    return sums[0]
+
+
+def _rounding(limited: bool) -> Any:
+    """Return an intrinsic: write 32 bfloat16 inputs of a row as 16 pairs of integers and a scale, `rows` numbers apart.
+
+    limited: whether the sum of squares of a half of the integers is limited.
+    """
+
+    @intrinsic
+    def round_group(typingctx, source, rows, result):
+        def generate(context, b, signature, arguments):
+            source, rows, result = arguments
+            bits = _load(b, _words, source)
+            exponents = b.and_(bits, ir.Constant(_words, [0x7F80] * 2 * LANES))
+            largest = _function(b, "llvm.vector.reduce.umax.v32i16", _i16, _words)
+            exponent = b.zext(b.lshr(b.call(largest, [exponents]), ir.Constant(_i16, 7)), _i32)
+
+            def squares(values: list[Value]) -> Value:
+                sums = sum_of_squares(b, values)
+                for step in (1, 2, 4):  # within each half
+                    sums = b.fadd(sums, exchanged(sums, step))
+                return larger(b, sums, exchanged(sums, LANES // 2))
+
+            def exchanged(vector: Value, step: int) -> Value:
+                return b.shuffle_vector(vector, vector, ir.Constant(_ints, [lane ^ step for lane in range(LANES)]))
+
+            values = widened_pairs(b, b.bitcast(bits, _ints))
+            integers, powers = fitted(b, _broadcast(b, exponent), values, squares if limited else None)
+            pairs, step = paired(b, *integers), b.mul(rows, _int(4))
+            for pair in range(PAIRS):
+                value = b.extract_element(pairs, ir.Constant(_i32, pair))
+                b.store(value, _pointer(b, _i32, result, b.mul(step, _int(pair))), align=4)
+            power = b.extract_element(powers, ir.Constant(_i32, 0))
+            b.store(power, _pointer(b, _f32, result, b.mul(step, _int(PAIRS))), align=4)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 3), generate
+
+    return round_group
+
+
+_round_group, _round_limited_group = _rounding(limited=False), _rounding(limited=True)
+
+
+def products_of(parts: int, rows: int) -> Any:
     """Return an intrinsic: add to the sums of `rows` rows their products with a tile.
 
-    Its arguments: the addresses of the tile, of a block of inputs [group, pair, row] and of sums [row, 32], and how
-    many groups.
+    parts: of a group, that are added up in integers. Arguments of the intrinsic: the addresses of the tile, of a block
+    of inputs [group, pair, row] and of sums [row, 32], and how many groups.
     """
 
     @intrinsic
@@ -181,25 +240,31 @@ def _products(rows: int) -> Any:
             multiply_pairs = _function(b, "llvm.x86.avx512.pmaddw.d.512", _ints, _words, _words)
             totals = [cgutils.alloca_once_value(b, _repeat(_ints, 0)) for _ in range(2 * rows)]
             with cgutils.for_range(b, groups, intp=_i64) as loop:
-                values = b.add(tile, b.mul(loop.index, _int(_GROUP_BYTES)))
+                values = b.add(tile, b.mul(loop.index, _int(GROUP_BYTES)))
                 x = b.add(inputs, b.mul(loop.index, _int(4 * rows * GROUP_NUMBERS)))
-                for total in totals:
-                    b.store(_repeat(_ints, 0), total)
-                with cgutils.for_range(b, _int(PAIRS), intp=_i64) as pairs:
-                    at, first = b.mul(pairs.index, _int(ROW_BYTES)), b.mul(pairs.index, _int(4 * rows))
-                    weights = [b.load(_pointer(b, _words, values, at, _int(64 * half)), align=64) for half in (0, 1)]
-                    for row in range(rows):
-                        pair = b.bitcast(_broadcast(b, _load(b, _i32, x, first, _int(4 * row))), _words)
-                        for half in (0, 1):
-                            total = totals[2 * row + half]
-                            b.store(b.add(b.call(multiply_pairs, [weights[half], pair]), b.load(total)), total)
+                sums_of_parts = []
+                for part in range(parts):
+                    for total in totals:
+                        b.store(_repeat(_ints, 0), total)
+                    with cgutils.for_range_slice(
+                        b, _int(PAIRS // parts * part), _int(PAIRS // parts * (part + 1)), _int(1), intp=_i64
+                    ) as (index, _):
+                        at, first = b.mul(index, _int(ROW_BYTES)), b.mul(index, _int(4 * rows))
+                        weights = [b.load(_pointer(b, _words, values, at, _int(64 * n)), align=64) for n in (0, 1)]
+                        for row in range(rows):
+                            pair = b.bitcast(_broadcast(b, _load(b, _i32, x, first, _int(4 * row))), _words)
+                            for half in (0, 1):
+                                total = totals[2 * row + half]
+                                b.store(b.add(b.call(multiply_pairs, [weights[half], pair]), b.load(total)), total)
+                    sums_of_parts.append([b.sitofp(b.load(total), _floats) for total in totals])
+                products = [reduce(b.fadd, same) for same in zip(*sums_of_parts, strict=True)]
                 at = [_int(ROW_BYTES * PAIRS + 64 * half) for half in (0, 1)]
                 scales = [b.load(_pointer(b, _floats, values, offset), align=64) for offset in at]
                 for row in range(rows):
                     scale = _broadcast(b, _load(b, _f32, x, _int(4 * (rows * PAIRS + row))))
                     for half in (0, 1):
                         target = _pointer(b, _floats, sums, _int(ROW_BYTES * row + 64 * half))
-                        total = b.fmul(b.sitofp(b.load(totals[2 * row + half]), _floats), scale)
+                        total = b.fmul(products[2 * row + half], scale)
                         b.store(b.call(multiply_add, [total, scales[half], b.load(target, align=64)]), target, align=64)
             return context.get_dummy_value()
 
@@ -208,13 +273,14 @@ def _products(rows: int) -> Any:
     return products
 
 
-_add_products = block_products(_products, GROUP_NUMBERS)
+_add_products = block_products(partial(products_of, 1), GROUP_NUMBERS)
 
 
-def _arrange(counter, jobs, number, most, sources, x, groups, inputs):
+def _arrange(counter, jobs, number, most, sources, x, groups, limited, inputs):
     """Put the bfloat16 rows x [..., inputs] of jobs into blocks of integers; the last row again where one is missing.
 
-    number: of the jobs, with at most `most` blocks each. sources: the rows of x at the positions of the jobs.
+    number: of the jobs, with at most `most` blocks each. sources: the rows of x at the positions of the jobs. limited:
+    whether the sum of squares of half a group of integers is limited.
     """
     while True:
         item = take(counter, 1)
@@ -226,14 +292,18 @@ def _arrange(counter, jobs, number, most, sources, x, groups, inputs):
         if block >= blocks:
             continue
         before = inputs + 4 * GROUP_NUMBERS * field(jobs, job, 5) * groups
-        for row in range(rows):
-            position = first + min(block * rows + row, count - 1)
-            at = x + 2 * GROUP * groups * row_at(sources, position)
-            for start in range(0, groups, DEPTH):
-                depth = min(DEPTH, groups - start)
-                target = before + 4 * (GROUP_NUMBERS * rows * (start * blocks + block * depth) + row)
+        for start in range(0, groups, DEPTH):
+            depth = min(DEPTH, groups - start)
+            target = before + 4 * GROUP_NUMBERS * rows * (start * blocks + block * depth)
+            for row in range(rows):
+                position = first + min(block * rows + row, count - 1)
+                source = x + 2 * GROUP * (groups * row_at(sources, position) + start)
                 for group in range(depth):
-                    _round_group(at + 2 * GROUP * (start + group), rows, target + 4 * GROUP_NUMBERS * rows * group)
+                    at, result = source + 2 * GROUP * group, target + 4 * (GROUP_NUMBERS * rows * group + row)
+                    if limited:
+                        _round_limited_group(at, rows, result)
+                    else:
+                        _round_group(at, rows, result)
 
 
 def _multiply(counter, memory, jobs, number, targets, packed, scales, groups, outputs, inputs, bias, results):
@@ -243,7 +313,7 @@ def _multiply(counter, memory, jobs, number, targets, packed, scales, groups, ou
     the rows at the positions of the jobs.
     """
     tile = memory + 64 + THREAD_BYTES * take(memory, 1)
-    sums, tiles = tile + _TILE_BYTES, outputs // OUTPUTS
+    sums, tiles = tile + TILE_BYTES, outputs // OUTPUTS
     while True:
         item = take(counter, 1)
         if item >= number * tiles:
@@ -263,7 +333,7 @@ def _multiply(counter, memory, jobs, number, targets, packed, scales, groups, ou
             for group in range(depth):
                 for vector in range(OUTPUTS // LANES):
                     at = (base + LANES * vector) * groups + start + group
-                    _unpack_group(packed + 16 * at, scales + at, groups, tile + _GROUP_BYTES * group + 64 * vector)
+                    _unpack_group(packed + 16 * at, scales + at, groups, tile + GROUP_BYTES * group + 64 * vector)
             _add_products(tile, x + 4 * GROUP_NUMBERS * start * blocks * rows, sums, depth, blocks, rows)
         store_results(sums, jobs, job, targets, bias, outputs, output, results)
 
@@ -277,4 +347,4 @@ class IntegerTileLoops(NamedTuple):
 
 def compile_all() -> IntegerTileLoops:
     """Return the compiled loops: from the cache on disk if it has them."""
-    return IntegerTileLoops(compile_loop(_arrange, *[types.int64] * 8), compile_loop(_multiply, *[types.int64] * 12))
+    return IntegerTileLoops(compile_loop(_arrange, *[types.int64] * 9), compile_loop(_multiply, *[types.int64] * 12))

@@ -222,17 +222,6 @@ def _sizes(**given: float) -> LayerSizes:
     return LayerSizes(**(dict.fromkeys(LayerSizes._fields, 0) | {"n_key_value_heads": 1} | given))  # type: ignore[arg-type]
 
 
-def rms_scale(x: BFloat16[Tensor, "*batch d"], eps: float) -> Float32[Tensor, "*batch 1"]:
-    """Return √(mean of squares + eps) of each row, whose width is a multiple of 16."""
-    wide = x.float().contiguous()
-    scale = torch.empty(*x.shape[:-1], 1)
-    step = LayerStep(_without_weights(_sizes(d_model=x.shape[-1], eps=eps)), scale.numel())
-    step.give_tensors(x=wide, scale=scale)
-    step.give(normalized=0)
-    step.run_to(Phase.PROJECT)
-    return scale
-
-
 def covers_attention(q: Tensor, k: Tensor) -> bool:
     """Return whether `attention` can compute with these queries [row 1 head d_head] and keys [row key kv d_head]."""
     return q.dtype == k.dtype == torch.bfloat16 and q.shape[-1] % LANES == 0

@@ -33,7 +33,7 @@ from workbench.kernels.cpu.vectors import (
 OUTPUTS = 2 * LANES
 ROW_BYTES = 4 * OUTPUTS  # of a tile: the outputs of one input or pair of inputs; and of sums: the outputs of one row
 LEAST_ROWS, MOST_ROWS = 4, 12  # of a block; with fewer, a sum would wait for its predecessor
-JOB_ROWS = 512  # at most, in all blocks of a job
+JOB_ROWS = 1024 + MOST_ROWS  # at most, in all blocks of a job, which may have rows to spare
 JOB_FIELDS = 6  # matrix; position of its first row, and how many rows; blocks, rows of each; rows of blocks before
 _LINE = 64  # bytes of the cache
 

@@ -1,11 +1,12 @@
 """Products of many bfloat16 rows with MXFP4 and bfloat16 matrices by tiles: the launchers of their loops.
 
-bfloat16 matrices are multiplied in float32 (`dense_tile_loops`), those of MXFP4 in integers (`integer_tile_loops`).
-Sums over all inputs are in float32, with the bias; what is returned is rounded once to bfloat16. A row's result does
-not depend on the other rows. As many threads take part as torch may use where it is called.
+Matrices of MXFP4 are multiplied in integers (`integer_tile_loops`), and those of bfloat16 too if the rows are many
+(`dense_integer_loops`), or else in float32 (`dense_tile_loops`). Sums over all inputs are in float32, with the bias;
+what is returned is rounded once to bfloat16. A row's result does not depend on the other rows, except on whether they
+are many. As many threads take part as torch may use where it is called.
 
 Reference: `workbench.kernels.dense.linear` and `workbench.kernels.mxfp4.linear`.
-Cost: unpacks a matrix once for each 512 rows, which takes as long as multiplying four rows.
+Cost: unpacks a matrix once for each 1,024 rows, which takes as long as multiplying four rows.
 """
 
 import functools
@@ -15,7 +16,7 @@ import torch
 from jaxtyping import BFloat16, Float32, Int
 from torch import Tensor
 
-from workbench.kernels.cpu import dense_tile_loops, integer_tile_loops, threads, vectors
+from workbench.kernels.cpu import FEW_ROWS, dense_integer_loops, dense_tile_loops, integer_tile_loops, threads, vectors
 from workbench.kernels.cpu.integer_tile_loops import GROUP_NUMBERS
 from workbench.kernels.cpu.products import Slots
 from workbench.kernels.cpu.tile_jobs import JOB_ROWS, LEAST_ROWS, MOST_ROWS, OUTPUTS
@@ -26,6 +27,7 @@ _BLOCK_COST = 1  # in rows: a block reads the tile once
 _JOB_ROWS = JOB_ROWS - MOST_ROWS  # blocks may have rows to spare
 
 _dense = functools.cache(dense_tile_loops.compile_all)
+_dense_integer = functools.cache(dense_integer_loops.compile_all)
 _integer = functools.cache(integer_tile_loops.compile_all)
 _own = threading.local()
 
@@ -57,23 +59,45 @@ def dense_linear(
     weight: BFloat16[Tensor, "outputs inputs"],
     bias: BFloat16[Tensor, " outputs"] | None,
 ) -> BFloat16[Tensor, "rows outputs"]:
-    """Return x times the transposed matrix, plus the bias."""
+    """Return x times the transposed matrix, plus the bias.
+
+    More than `FEW_ROWS` rows are multiplied in integers, if the processor needs one instruction for it.
+    """
     x = x.contiguous()
-    results = x.new_empty(len(x), len(weight))
+    results, width = x.new_empty(len(x), len(weight)), x.shape[1]
+    in_integers = len(x) > FEW_ROWS and vectors.adds_products_of_words()
     for start in range(0, len(x), _JOB_ROWS):
         some, target = x[start : start + _JOB_ROWS], results[start : start + _JOB_ROWS]
         jobs = _jobs([(0, 0, len(some))])
-        most = int(jobs[:, 3].max())
-        inputs = _job_memory(jobs, x.shape[1])
+        if in_integers:
+            multiply, depth, inputs = _dense_integer().multiply, width // GROUP, _rounded(some, jobs, width // GROUP)
+        else:
+            multiply, depth, inputs = _dense().multiply, width, _widened(some, jobs)
         threads.run(
-            _dense().arrange, len(jobs) * most, jobs.data_ptr(), len(jobs), most, some.data_ptr(), x.shape[1],
-            inputs.data_ptr(),
-        )  # fmt: skip
-        threads.run(
-            _dense().multiply, len(weight) // OUTPUTS, _thread_memory().data_ptr(), jobs.data_ptr(), len(jobs),
-            weight.data_ptr(), weight.shape[1], len(weight), inputs.data_ptr(), _address(bias), target.data_ptr(),
+            multiply, len(weight) // OUTPUTS, _thread_memory().data_ptr(), jobs.data_ptr(), len(jobs),
+            weight.data_ptr(), depth, len(weight), inputs.data_ptr(), _address(bias), target.data_ptr(),
         )  # fmt: skip
     return results
+
+
+def _widened(x: Tensor, jobs: Tensor) -> Tensor:
+    """Return the rows of x as jobs multiply them in float32."""
+    most, inputs = int(jobs[:, 3].max()), _job_memory(jobs, x.shape[1])
+    threads.run(
+        _dense().arrange, len(jobs) * most, jobs.data_ptr(), len(jobs), most, x.data_ptr(), x.shape[1],
+        inputs.data_ptr(),
+    )  # fmt: skip
+    return inputs
+
+
+def _rounded(x: Tensor, jobs: Tensor, groups: int, sources: Tensor | None = None, limited: bool = True) -> Tensor:
+    """Return the rows of x, or those of `sources`, as jobs multiply them in integers, of limited size or not."""
+    most, inputs = int(jobs[:, 3].max()), _job_memory(jobs, groups * GROUP_NUMBERS)
+    threads.run(
+        _integer().arrange, len(jobs) * most, jobs.data_ptr(), len(jobs), most, _address(sources), x.data_ptr(),
+        groups, int(limited), inputs.data_ptr(),
+    )  # fmt: skip
+    return inputs
 
 
 def packed_linear(
@@ -120,12 +144,7 @@ def _multiply_packed(
 ) -> None:
     """Write the products of jobs [job field] with their matrices into the results [... outputs]."""
     outputs, groups = weight.scales.shape[-2:]
-    most = int(jobs[:, 3].max())
-    inputs = _job_memory(jobs, groups * GROUP_NUMBERS)
-    threads.run(
-        _integer().arrange, len(jobs) * most, jobs.data_ptr(), len(jobs), most, _address(sources), x.data_ptr(),
-        groups, inputs.data_ptr(),
-    )  # fmt: skip
+    inputs = _rounded(x, jobs, groups, sources, limited=False)
     threads.run(
         _integer().multiply, len(jobs) * (outputs // OUTPUTS), _thread_memory().data_ptr(), jobs.data_ptr(), len(jobs),
         _address(targets), weight.blocks.data_ptr(), weight.scales.data_ptr(), groups, outputs, inputs.data_ptr(),

@@ -132,6 +132,11 @@ def multiplies_words() -> bool:
     return "+avx512bw" in _processor()[2].split(",")
 
 
+def adds_products_of_words() -> bool:
+    """Return whether one instruction of this processor multiplies such vectors and adds the products: AVX-512 VNNI."""
+    return "+avx512vnni" in _processor()[2].split(",")
+
+
 def multiplies_bfloat16() -> bool:
     """Return whether this processor multiplies matrices of bfloat16 faster than matrices of float32.
 

@@ -13,10 +13,12 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import parse_qsl, urlsplit
 
 import panel
 import pytest
+from bokeh.server.connection import ServerConnection
 from tornado.websocket import WebSocketClosedError
 
 from tests.cli.running import run_command
@@ -357,11 +359,22 @@ def test_a_run_and_a_free_port_are_not_refused(demo_run: Path, monkeypatch: pyte
         refused(monkeypatch, str(demo_run), "--port", str(free_port()))
 
 
+def closed_connection() -> AssertionError:
+    """Return the error of Bokeh for a message of a browser that has left."""
+    try:
+        ServerConnection.session.fget(SimpleNamespace(_session=None))
+    except AssertionError as error:
+        return error
+    pytest.fail("Bokeh raises no AssertionError any more")
+
+
 @pytest.mark.parametrize(
     ("name", "text", "error"),
     [
         ("bokeh.server.views.ws", "Failed sending message as connection was closed", None),
         ("asyncio", "Task exception was never retrieved", WebSocketClosedError()),
+        ("bokeh.server.protocol_handler", "error handling message", closed_connection()),
+        ("tornado.application", "Uncaught exception GET /overview/ws", closed_connection()),
     ],
 )
 def test_a_browser_that_leaves_is_no_warning(
@@ -377,5 +390,7 @@ def test_a_browser_that_leaves_is_no_warning(
     assert len(caplog.records) == 1, "negative control"
     expect_closed_connections()
     logger.warning(text, exc_info=error)
-    logger.warning("another fault", exc_info=OSError())
-    assert [record.getMessage() for record in caplog.records[1:]] == ["another fault"]
+    others = {"another fault": OSError(), "another assertion": AssertionError()}
+    for other, fault in others.items():
+        logger.warning(other, exc_info=fault)
+    assert [record.getMessage() for record in caplog.records[1:]] == list(others)

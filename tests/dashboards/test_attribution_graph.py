@@ -6,9 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import workbench as wb
+from workbench import harmony
 from workbench.dashboards import attribution_graph
+from workbench.dashboards.search import texts
 from workbench.errors import InputError
+from workbench.harmony.grammar import marked_ids
+from workbench.research.recipe import Intervention, Recipe, Scope
 
 
 def graph(scan: str = "gpt-oss") -> dict[str, Any]:
@@ -119,3 +125,30 @@ def test_the_expert_of_a_node_is_that_of_its_label() -> None:
     drawn = attribution_graph.graph_data(content)
     assert attribution_graph.experts_by_node(drawn) == {"0_9_1": (0, 5)}
     assert {node["id"] for node in drawn["nodes"] if node["kind"] == "expert"} == {"0_9_1", "other"}, "negative control"
+
+
+def test_an_expert_of_a_graph_is_forbidden_at_its_token_by_a_recipe_of_the_live_page() -> None:
+    """The recipe's prompt and beginning are the tokens of the graph, so that positions are the same."""
+    model = wb.load("nano", dtype=torch.float32)
+    answer = "<|channel|>analysis<|message|>1+2=3<|end|><|start|>assistant<|channel|>final<|message|>"
+    prompt = harmony.render([{"role": "user", "content": "1+2"}], effort="high", tokenizer=model.tokenizer)
+    ids = [*prompt, *marked_ids(answer, model.tokenizer)]
+    content = graph()
+    content["metadata"]["prompt_tokens"] = texts(ids, model.tokenizer)
+    drawn = attribution_graph.graph_data(content)
+    asked = attribution_graph.ablation_recipe(drawn, "0_9_1", model.tokenizer)
+    assert asked is not None
+    recipe = Recipe.from_json(json.dumps(asked))
+    assert recipe.prompt_ids(model) == ids
+    assert recipe.interventions == (Intervention("forbid", cells=((0, 5),), scope=Scope(start=1, stop=2)),)
+    tokens = drawn["tokens"]
+    low = drawn | {"tokens": ["low" if token == "high" else token for token in tokens]}
+    other = attribution_graph.ablation_recipe(low, "0_9_1", model.tokenizer)
+    assert other is not None
+    assert other["effort"] == "low", "negative control: another effort is another recipe"
+    assert attribution_graph.ablation_recipe(drawn, "1_2_1", model.tokenizer) is None, "a head"
+    assert attribution_graph.ablation_recipe(drawn, "0_9_1", None) is None
+    for old, new in (("system", "developer"), ("1", "<|end|><|start|>user<|message|>1"), ("high", "high and more")):
+        changed = drawn | {"tokens": [new if token == old else token for token in tokens]}
+        assert changed["tokens"] != tokens
+        assert attribution_graph.ablation_recipe(changed, "0_9_1", model.tokenizer) is None, f"{new!r} is not written"

@@ -37,6 +37,23 @@ def test_a_conversation_is_coloured_described_searched_and_replayed(demo: str, b
     assert re.fullmatch(r"0\.00\s+≥ [1-9].*\(answer only\)", frame.locator("#scale").inner_text().strip())
     frame.fill("#find", "reasoning: high")
     assert frame.locator(".t.hit").count() >= 2
+    frame.fill("#find", "1")
+    hits, number = frame.locator("#hits"), frame.evaluate("hits.length")
+    assert number > 2
+    for keys, now in (("Enter", 2), ("Shift+Enter", 1), ("Shift+Enter", number)):
+        frame.press("#find", keys)
+        expect(hits).to_have_text(f"{now} of {number} hits")
+        marked = "spans.flatMap((s, i) => s.classList.contains('at') ? [i] : [])"
+        assert frame.evaluate(marked) == list(range(*frame.evaluate(f"hits[{now - 1}]")))
+    expect(tokens.nth(30)).to_be_visible()
+    frame.get_by_role("button", name="Fold all").click()
+    assert not any(frame.evaluate("spans.map(s => s.offsetHeight > 0)")), "negative control: one was visible before"
+    frame.get_by_role("button", name="next hit").click()
+    expect(frame.locator(".t.at").first).to_be_visible()  # its message is unfolded
+    assert 0 < frame.evaluate("spans.filter(s => s.offsetHeight > 0).length") < tokens.count()
+    frame.get_by_role("button", name="Fold all").click()
+    frame.get_by_role("button", name="Unfold all").click()
+    expect(tokens.nth(30)).to_be_visible()
     frame.select_option("#speed", "100")
     frame.click("#play")
     session.page.wait_for_timeout(400)

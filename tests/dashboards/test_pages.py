@@ -96,6 +96,11 @@ def test_a_graph_is_explored_and_its_view_is_in_the_link(stored: str, browser: B
     assert "node=" not in str(link.get_attribute("href"))
     side.get_by_role("button", name="Pin", exact=True).click()
     session.page.wait_for_url(re.compile("pins=0_9_1"))
+    assert "labels=" not in session.page.url, "negative control: no label is given yet"
+    side.get_by_label("your label").fill("adds 'a' + 100 %")
+    side.get_by_label("your label").press("Enter")
+    expect(side.get_by_role("heading", name="adds 'a' + 100 %")).to_be_visible()
+    session.page.wait_for_url(re.compile("labels=0_9_1"))
     before = frame.evaluate("view.k")
     frame.locator("#graph").focus()
     session.page.keyboard.press("+")
@@ -108,6 +113,13 @@ def test_a_graph_is_explored_and_its_view_is_in_the_link(stored: str, browser: B
     again = graph_frame(Session(browser, session.page.url))
     assert again.locator(".node.pin").count() == 1
     assert again.locator(f".node.pin.now[data-i='{expert}']").count() == 1
+    expect(again.locator("#side").get_by_role("heading", name="adds 'a' + 100 %")).to_be_visible()
+    expect(again.locator("#shown")).to_have_text("5 of 5, 100 % of their influence")
+    again.get_by_label("Pinned only").check()
+    assert again.locator(".node").count() == 2, "the pinned one, and the target"
+    expect(again.locator("#shown")).to_have_text("2 of 5, 50 % of their influence")
+    again.page.wait_for_url(re.compile("subgraph=1"))
+    again.get_by_label("Pinned only").uncheck()
     again.locator("#threshold").evaluate("e => { e.value = 20; e.oninput(); }")
     assert again.locator(".node").count() == 2, "the strongest one, and the pinned one"
     assert session.errors == session.foreign == []

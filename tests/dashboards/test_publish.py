@@ -78,6 +78,19 @@ def test_the_conversations_are_those_that_were_chosen(folder: Path) -> None:
             chosen(run, wrong)
 
 
+def test_the_findings_link_to_their_sections_and_a_conversation_states_its_facts_in_words(folder: Path) -> None:
+    findings = (folder / "findings.html").read_text()
+    sections = re.findall(r'<h2 id="([^"]+)"', findings)
+    assert sections == ["effort"]
+    assert re.findall(r'<nav aria-label="sections">(.*?)</nav>', findings) == ['<a href="#effort">Effort</a>']
+    run = wb.open_run(DEMO)
+    number = chosen(run, "product-01/high/0")[0]
+    row, text = run.sequences.loc[number], (folder / f"conversations/{number}.html").read_text()
+    facts = f"task product · effort high · {row['length']} tokens · expected answer {row['answer']} · "
+    assert facts + ("correct" if row["correct"] == 1 else "wrong") + "</p>" in text
+    assert facts not in (folder / "conversations/0.html").read_text(), "negative control: another conversation"
+
+
 def test_text_of_a_run_is_only_text() -> None:
     run = wb.open_run(DEMO)
     run.sequences["task"] = '"><img src=x onerror=alert(1)>'

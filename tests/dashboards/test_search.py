@@ -71,6 +71,19 @@ def test_conversations_are_found_by_task_effort_and_text(run: Run) -> None:
     by_text = search.conversations(run, text="REASONING: HIGH")
     assert set(by_text.values()) == set(run.sequences.index[run.sequences["effort"] == "high"])
     assert search.conversations(run, text="reasoning: high", channel="final") == {}
+    assert len(search.conversations(run, text="reasoning")) == len(run.sequences) > 500, "complete, however many"
+
+
+def test_conversations_are_ordered_by_their_length(run: Run) -> None:
+    lengths = run.sequences["length"]
+    for order, longest_first in (("longest", True), ("shortest", False)):
+        ordered = search.conversations(run, effort="high", order=order)
+        expected = sorted(run.sequences.index[run.sequences["effort"] == "high"], key=lambda n: lengths[n])
+        assert [lengths[n] for n in ordered.values()] == [lengths[n] for n in expected[:: -1 if longest_first else 1]]
+        assert all(label.endswith(f" ({lengths[n]:,})") for label, n in ordered.items())
+    captured = list(search.conversations(run, effort="high").values())
+    assert captured == sorted(captured), "negative control: as captured"
+    assert [lengths[n] for n in captured] != sorted(lengths[captured])
 
 
 def test_conversations_are_ordered_by_an_expert_s_share(run: Run) -> None:

@@ -26,6 +26,10 @@ def test_two_columns_of_long_texts_share_the_width() -> None:
     assert float(widths["layer"].rstrip("%")) < float(widths["label"].rstrip("%"))
     one = rows.assign(example="c")
     assert widgets._shared_width(one, ["label", "example"]) == {}, "negative control: all fit beside each other"
+    numbers = pd.DataFrame({"feature": [1, 2], "largest value": [0.5, 1.5]})
+    assert widgets._shared_width(numbers, []) == {"feature": "50.0%", "largest value": "50.0%"}
+    formats = widgets._long_table(rows, {}).formatters
+    assert (formats["label"]["type"], formats["example"]["type"]) == ("plaintext", "textarea"), "long texts are wrapped"
 
 
 def test_a_column_of_links_keeps_its_values_and_shows_no_address() -> None:

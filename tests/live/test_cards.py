@@ -130,7 +130,7 @@ def test_a_folded_card_states_its_intervention_and_opens_where_it_is_refused(ser
     page._add_intervention("steer")
     first, second = page._cards
     assert (first.view.collapsed, second.view.collapsed) == (True, False)
-    assert first.view.title == "Scale sinks: sinks of layer 0, 1, 2 × 0.5; acts on all tokens"
+    assert first.view.title == "Sinks of layer 0, 1, 2 × 0.5; acts on all tokens"
     assert second.view.title == "Steer along a direction"
     first._strength.widget.value = "x"
     page.run()

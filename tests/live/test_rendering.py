@@ -82,6 +82,11 @@ def test_comparison_and_samples_are_shown_as_text() -> None:
     assert "differ from new token 3 on" in text
     assert "-1.50 nats" in text
     assert "width:25.0%" in text
+    answer = answer_html(*finished("<|channel|>final<|message|>two<|return|>"), "light", change=[9.0] * 4)
+    for colour, meaning in (("accent", "more probable"), ("bad", "less probable")):
+        style = f"background:color-mix(in srgb,var(--wb-{colour}) 45%,transparent)"
+        assert f"{style}'>{meaning}</span>" in text, "the legend has the colours of the answers"
+        assert (style in answer) == (colour == "accent"), "negative control: all changes are positive"
     assert "<script>" not in text
     same = comparison_html(experiment, Comparison(None, [], [], []))
     assert "Both answers are equal." in same

@@ -177,9 +177,10 @@ def test_the_same_bits_with_gradients(model: GptOss, point: str) -> None:
         leaves.append(torch.zeros_like(t, requires_grad=True))
         return t + leaves[-1]
 
-    # Layers that compute a gradient take another path on a CPU, hooked or not: a leaf after this layer's attention
-    # makes the later ones the same.
-    with model.hooks(fwd_hooks=[("blocks.0.hook_attn_out", add_leaf)]):
+    # Products that compute a gradient take another path on a CPU, hooked or not: a leaf at the next point makes the
+    # later ones the same.
+    later = "hook_attn_out" if point == "result" else "attn.hook_z"
+    with model.hooks(fwd_hooks=[(f"blocks.0.{later}", add_leaf)]):
         plain = packed(model).detach()
     leaves.clear()
     with model.hooks(fwd_hooks=[(f"blocks.0.attn.hook_{point}", add_leaf)]):

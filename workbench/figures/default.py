@@ -19,6 +19,7 @@ from workbench.figures.intervals import lines, rows
 from workbench.figures.template import THEMES, ThemeName, apply_theme
 
 _MOST_LINES = 8  # more labels than this are a heat map
+_MOST_TICKS = 16  # labels below a heat map
 _NAMES = ("expert", "head", "neuron", "feature")  # axes whose numbers are names: no line leads from one to the next
 
 
@@ -62,11 +63,20 @@ def _heatmap(ds: xr.Dataset, name: str, value: str, *, title: str, subtitle: str
     row, column = map(str, ds[name].dims)
     values = ds[name].values.astype(float)
     grid = LayerHeatmap(np.arange(len(values)), np.arange(values.shape[1]), colours)
-    grid.colour(values, values, f"{row} %{{y}}, {column} %{{x}}: %{{z:.4g}}<extra></extra>")
+    labels = np.stack(np.meshgrid(*(ds[dim].values.astype(str) for dim in (row, column)), indexing="ij"), -1)
+    grid.colour(values, labels, f"{row} %{{customdata[0]}}, {column} %{{customdata[1]}}: %{{z:.4g}}<extra></extra>")
     grid.missing(np.isnan(values))
     made = grid.finish(column, {"colorscale": colours.sequential, "colorbar": {"title": {"text": value}}})
-    made.update_yaxes(title=row)
+    made.update_yaxes(title=row, **_ticks(ds, row))
+    made.update_xaxes(**_ticks(ds, column))
     return apply_theme(made, colours, ds, title=title, subtitle=subtitle, height=grid.height)
+
+
+def _ticks(ds: xr.Dataset, dim: str) -> dict[str, Any]:
+    """Return the labels of an axis of a heat map, whose cells have the positions 0, 1, …; of many only some."""
+    step = 1 if _is_text(ds, dim) else -(-ds.sizes[dim] // _MOST_TICKS)
+    shown = range(0, ds.sizes[dim], step)
+    return {"tickvals": list(shown), "ticktext": [str(ds[dim].values[i]) for i in shown]}
 
 
 def _is_text(ds: xr.Dataset, dim: str) -> bool:

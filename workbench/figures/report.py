@@ -101,12 +101,17 @@ def html(contents: Contents) -> str:
 
 def body(contents: Contents) -> Iterator[str]:
     """Yield the HTML of the report below its title: answers, a section for each study, and where it comes from."""
-    links = "".join(f'<a href="#{escape(n)}">{escape(find(n).title)}</a>' for n in contents.results)
-    yield f"<p>{escape('. '.join(_facts(contents.run)))}.</p><nav>{links}</nav>"
+    yield f"<p>{escape('. '.join(_facts(contents.run)))}.</p>{links_to_sections(contents)}"
     yield from answers(contents)
     for name, sets in contents.results.items():
         yield from section(name, sets)
     yield _origin(contents)
+
+
+def links_to_sections(contents: Contents) -> str:
+    """Return the HTML of links to the sections of all studies on the same page."""
+    links = "".join(f'<a href="#{escape(n)}">{escape(find(n).title)}</a>' for n in contents.results)
+    return f'<nav aria-label="sections">{links}</nav>'
 
 
 def overview(contents: Contents, *, findings: str) -> Iterator[str]:

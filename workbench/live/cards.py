@@ -39,6 +39,7 @@ TITLES = {
 }
 _CHANNELS = ["prompt", "analysis", "commentary", "final", "frame"]
 _SAME_EFFORT = "same"
+_NARROW = 190  # pixels of a field that has others beside it
 _MAX_POSITION = 10_000_000  # no context is longer
 _MAX_FEATURE = 100_000_000
 _CELL = re.compile(r"([0-9]{1,4}):([0-9]{1,4})")
@@ -135,8 +136,11 @@ class InterventionCard:
         self._layers = pn.widgets.TextInput(
             label="Layers" if one.kind != "feature" else "Layers (none: where the SAE was trained)",
             value=" ".join(map(str, one.layers)),
+            width=_NARROW if one.kind != "feature" else 2 * _NARROW,
         )
-        self._heads = pn.widgets.TextInput(label="Heads (none: all)", value=" ".join(map(str, one.heads)))
+        self._heads = pn.widgets.TextInput(
+            label="Heads (none: all)", value=" ".join(map(str, one.heads)), width=_NARROW
+        )
         low = 0 if one.kind in FACTOR_KINDS else -MAX_STRENGTH
         self._strength = NumberField("Strength", one.strength, low=low, high=MAX_STRENGTH, width=100)
         self._toward, self._away = (
@@ -167,13 +171,14 @@ class InterventionCard:
         self.view.collapsed = True
 
     def _name_folded(self, *_: Any) -> None:
-        text = ""
+        text = self.title
         if self.view.collapsed:
             try:
-                text = f": {self.intervention().describe()}"
+                described = self.intervention().describe()
+                text = described[:1].upper() + described[1:]
             except InputError as error:
-                text = f": {error}"
-        self.view.title = self.title + escape(text)  # the title of a card is HTML
+                text = f"{self.title}: {error}"
+        self.view.title = escape(text)  # the title of a card is HTML
 
     @staticmethod
     def _source_widget(one: Intervention, names: Sequence[str]) -> Any:
@@ -191,9 +196,10 @@ class InterventionCard:
         return pn.widgets.Select(label=label, options=options, value=value, width=200)
 
     def _rows(self) -> list[Any]:
-        rows: list[Any] = [self._cells if self.kind in CELL_KINDS else self._layers]
-        if self.kind in HEAD_KINDS:
-            rows.append(self._heads)
+        first: list[Any] = [self._cells if self.kind in CELL_KINDS else self._layers]
+        first += [self._heads] if self.kind in HEAD_KINDS else []
+        first += [self._strength.widget] if self.kind in STRENGTH_KINDS else []
+        rows: list[Any] = [pn.FlexBox(*first)]
         if self.kind == "steer":
             rows.append(pn.Row(self._toward, self._away))
         if self.kind in ("vector", "feature", "patch"):
@@ -201,8 +207,8 @@ class InterventionCard:
             rows.append(pn.FlexBox(self._source, *more))
         if self.kind == "knockout":
             rows += [*self.keys.rows, pn.Row(*self.keys.numbers)]
-        numbers = [*self.scope.numbers, *([self._strength.widget] if self.kind in STRENGTH_KINDS else [])]
-        return [*rows, *self.scope.rows, pn.Row(*numbers), self._problem, self._remove]
+        last = pn.FlexBox(*self.scope.numbers, self._remove, align_items="flex-end")
+        return [*rows, *self.scope.rows, last, self._problem]
 
     @property
     def title(self) -> str:

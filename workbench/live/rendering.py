@@ -16,7 +16,19 @@ _STRONG = 2.0  # nats at which the colour of a change is full
 _MOST_COLOUR = (
     45  # percent of colour in the background of text, which stays readable in both themes (contrast above 4.5)
 )
+# what the colours of both answers mean, in the same colours
+_LEGEND = (
+    "<p class='wb-muted'>In the answers, the colour of a token is the change of its log-probability: "
+    + ", ".join(
+        f"<span class='lv-key' style='background:color-mix(in srgb,var(--wb-{colour}) {_MOST_COLOUR}%,transparent)'>"
+        f"{text} probable</span>"
+        for colour, text in (("accent", "more"), ("bad", "less"))
+    )
+    + f" with the interventions, full at {_STRONG:g} nats. "
+    + "<span class='lv-key lv-first'>Framed</span>: the first token that differs.</p>"
+)
 ANSWER_CSS = """
+.lv-key{border-radius:2px;padding:0 4px;color:var(--wb-ink)}
 .lv-message{border-left:4px solid var(--lv-channel);background:color-mix(in srgb,var(--lv-channel) 9%,transparent);
 border-radius:4px;padding:4px 10px;margin:0 0 8px}
 .lv-head{font-size:var(--wb-small);color:var(--wb-muted);font-weight:600}
@@ -26,6 +38,7 @@ font-family:ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace}
 .lv-given{color:var(--wb-muted)}
 .lv-first{outline:2px solid var(--wb-bad);outline-offset:1px}
 .lv-bars{display:grid;grid-template-columns:max-content 1fr max-content;gap:4px 10px;align-items:center}
+.lv-bars + .wb-table{margin-top:18px}
 .lv-bar{height:12px;background:var(--wb-raised);border-radius:3px;overflow:hidden}
 .lv-bar i{display:block;height:100%;background:var(--wb-accent)}
 """
@@ -145,7 +158,7 @@ def comparison_html(experiment: Experiment, comparison: Comparison) -> str:
         f"{escape(experiment.recipe.interventions[number].describe())}</div>"
         for number in experiment.unmatched
     )
-    listed = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences)
+    listed = "".join(f"<p>{escape(sentence)}</p>" for sentence in sentences) + _LEGEND
     heading = (
         "<h3>Exchanged experts by layer</h3><p class='wb-muted'>Share of the selected experts that the interventions "
         "replace while the model reads the original answer</p>"

@@ -23,7 +23,7 @@ TRANSLATION = r"""
 import re, sys
 import llvmlite.binding as llvm
 from numba import from_dtype, njit, types
-from workbench.kernels.cpu import layer_loops, loops, row_loops, slot_loops, unpacking_loops, vectors
+from workbench.kernels.cpu import layer_loops, loops, position_loops, row_loops, slot_loops, unpacking_loops, vectors
 from workbench.kernels.cpu.layer_records import LAYER, STEP
 
 triple = "aarch64-unknown-linux-gnu"
@@ -49,6 +49,8 @@ cases = {
 number = types.float32
 cases["activate"] = slot_loops._activate, [integer, integer, integer, number, number, integer]
 cases["combine"] = slot_loops._combine, [integer] * 7
+cases["norm"] = position_loops._norm, [*[integer] * 5, number, integer, integer]
+cases["rotate"] = position_loops._rotate, [integer] * 8
 records = [types.Array(from_dtype(kind), 1, "C") for kind in (LAYER, STEP)]
 layer = layer_loops._run_phases, [integer, integer, *records, integer, integer]
 for name, (loop, arguments) in ({"layer": layer} if sys.argv[2] == "layer" else cases).items():
@@ -90,6 +92,7 @@ def test_the_loops_of_products_compile_for_64_bit_arm() -> None:
     for name in ("expert_rows", "unpack_groups", "unpack_columns"):
         assert counts[name][1] >= 8, name
     assert counts["activate"][0] >= 8  # of the exponential
+    assert counts["norm"][0] >= 4  # squares
     for name in ("unpack_columns", "widen_columns"):
         assert counts[name][2] >= 32, name
     assert all(numbers[3] == 0 for numbers in counts.values()), counts

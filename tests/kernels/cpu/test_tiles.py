@@ -1,7 +1,7 @@
 """Products of many rows by tiles of a matrix, `workbench.kernels.cpu.tiles`, against float64.
 
-The loops are those of `workbench.kernels.cpu.dense_tile_loops` and `workbench.kernels.cpu.integer_tile_loops`, with the
-jobs of `workbench.kernels.cpu.tile_jobs`.
+The loops are those of `workbench.kernels.cpu.dense_tile_loops` and `workbench.kernels.cpu.integer_tile_loops`, and of
+`workbench.kernels.cpu.dense_integer_loops` beyond 32 rows, with the jobs of `workbench.kernels.cpu.tile_jobs`.
 """
 
 import pytest
@@ -15,8 +15,9 @@ pytest.importorskip("numba")
 if cpu.unavailable():
     pytest.skip(f"the compiled kernels are not available: {cpu.unavailable()}", allow_module_level=True)
 
-from workbench.kernels.cpu import products, tiles
+from workbench.kernels.cpu import products, tiles, vectors
 
+integers = pytest.mark.skipif(not vectors.adds_products_of_words(), reason="needs AVX-512 VNNI")
 if not tiles.available():
     pytest.skip("tiles need AVX-512", allow_module_level=True)
 
@@ -55,7 +56,7 @@ def test_blocks_hold_all_rows_and_have_every_size() -> None:
     assert {tiles._blocks(rows)[1] for rows in sizes} == set(range(4, 13))
 
 
-@pytest.mark.parametrize("rows", range(1, 27))
+@pytest.mark.parametrize("rows", [*range(1, 27), *range(33, 59)])
 def test_every_size_of_a_block_equals_float64(rows: int) -> None:
     x, weight = normal(rows, 160).bfloat16(), normal(32, 160, seed=1).bfloat16()
     assert error(tiles.dense_linear(x, weight, None), x.double() @ weight.double().mT) < 1
@@ -83,13 +84,21 @@ def test_expert_products_equal_float64(tokens: int, number_of_threads: int) -> N
     assert torch.equal(tiles.expert_linear(x.repeat_interleave(3, 0), weight, bias, slots), got)
 
 
-def test_a_row_does_not_depend_on_the_rows_beside_it() -> None:
+@integers
+def test_a_row_does_not_depend_on_the_rows_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
     x, matrix = normal(600, 288).bfloat16(), normal(96, 288, seed=1).bfloat16()
     packed = Mxfp4(*quantise(matrix.float()))
     complete, unpacked = tiles.dense_linear(x, matrix, None), tiles.packed_linear(x, packed)
     for rows in (slice(0, 1), slice(7, 20), slice(100, 600)):
-        assert torch.equal(tiles.dense_linear(x[rows], matrix, None), complete[rows])
         assert torch.equal(tiles.packed_linear(x[rows], packed), unpacked[rows])
+    for rows in (slice(0, 33), slice(100, 600)):
+        assert torch.equal(tiles.dense_linear(x[rows], matrix, None), complete[rows])
+    few = tiles.dense_linear(x[:32], matrix, None)  # in float32
+    for rows in (slice(0, 1), slice(7, 20)):
+        assert torch.equal(tiles.dense_linear(x[rows], matrix, None), few[rows])
+    assert not torch.equal(few, complete[:32])
+    monkeypatch.setattr(vectors, "adds_products_of_words", lambda: False)
+    assert torch.equal(tiles.dense_linear(x, matrix, None)[:32], few)
 
 
 def test_rows_that_are_chosen_are_multiplied_in_their_order() -> None:
@@ -136,15 +145,19 @@ def test_every_byte_under_every_scale_is_exact() -> None:
     assert not torch.equal(exchanged[usable], want[usable])
 
 
+@integers
 def test_nan_and_infinity_stay_in_their_rows() -> None:
     x, matrix = normal(20, 64).bfloat16(), normal(32, 64, seed=1).bfloat16()
     x[3, 5], x[11, 0] = torch.nan, torch.inf
     got, packed = tiles.dense_linear(x, matrix, None), tiles.packed_linear(x, Mxfp4(*quantise(matrix.float())))
     assert got[3].isnan().all()
     assert got[11].isinf().all()
+    many = tiles.dense_linear(x.repeat(2, 1), matrix, None)[:20]
+    assert many[[3, 11]].isnan().all()
     assert packed[[3, 11]].isnan().all()
     others = [n for n in range(20) if n not in (3, 11)]
     assert got[others].isfinite().all()
+    assert many[others].isfinite().all()
     assert packed[others].isfinite().all()
 
 
@@ -181,6 +194,54 @@ def test_inputs_much_smaller_than_one_of_their_group_lose_less_than_bfloat16_doe
         assert (coarse > bound + want.abs() * 2**-8).any()
 
 
+def group_norms(x: Tensor) -> Tensor:
+    return x.double().unflatten(-1, (-1, 32)).norm(dim=-1)
+
+
+def group_sizes(x: Tensor) -> Tensor:
+    return x.double().unflatten(-1, (-1, 32)).abs().sum(-1)
+
+
+@integers
+@pytest.mark.parametrize("outlier", [1.0, 100.0, 30000.0])
+@pytest.mark.parametrize("alike", [False, True])
+def test_dense_products_lose_less_than_bfloat16_does(outlier: float, alike: bool) -> None:
+    """The bound of the documentation: 2^-15 of the norm of a group, for each number. Alike numbers have large sums."""
+    x, matrix = normal(40, 288).bfloat16(), normal(96, 288, seed=1).bfloat16()
+    if alike:
+        x = x.sign() * 1.9921875
+        matrix[:40] = x
+    x[:, 7::32] *= outlier
+    matrix[:, 11::32] *= outlier
+    own, other = group_norms(x) * 2.0**-15, group_norms(matrix) * 2.0**-15
+    bound = group_sizes(x) @ other.mT + own @ group_sizes(matrix).mT + 32 * own @ other.mT
+    want = x.double() @ matrix.double().mT
+    allowed = bound + want.abs() * 2**-8
+    assert ((tiles.dense_linear(x, matrix, None).double() - want).abs() <= allowed).all()
+    if not alike and outlier == 100:
+        assert ((eight_bits(x) @ eight_bits(matrix).mT - want).abs() > allowed).any()
+
+
+@integers
+def test_dense_numbers_of_similar_size_are_exact() -> None:
+    """Integers from 1 to 127 in groups, times powers of two: a sum is rounded once, to bfloat16."""
+    rng = torch.Generator().manual_seed(0)
+    x, matrix = (torch.randint(1, 128, (rows, 32), generator=rng) for rows in (50, 64))
+    got = tiles.dense_linear((x * 2.0**-3).bfloat16(), (matrix * 2.0**5).bfloat16(), None)
+    want = x.double() @ matrix.double().mT * 4
+    assert torch.equal(got, want.bfloat16())
+    assert not torch.equal(got, (eight_bits(x) @ matrix.double().mT * 4).bfloat16())
+
+
+@integers
+def test_nan_and_infinity_of_a_matrix_stay_in_their_outputs() -> None:
+    x, matrix = normal(40, 64).bfloat16(), normal(64, 64, seed=1).bfloat16()
+    matrix[3, 5], matrix[44, 0] = torch.nan, torch.inf
+    got = tiles.dense_linear(x, matrix, None).isnan()
+    assert got[:, [3, 44]].all()
+    assert got.sum() == 80
+
+
 @pytest.mark.parametrize("size", [2.0**-133, 2.0**-120, 2.0**-60, 2.0**60, 2.0**118])
 def test_inputs_of_any_size(size: float) -> None:
     x, packed = normal(9, 64).clamp(-1.9, 1.9).bfloat16() * size, Mxfp4(*quantise(normal(32, 64, seed=1)))
@@ -191,6 +252,12 @@ def test_inputs_of_any_size(size: float) -> None:
     assert ((got - want).abs() <= want.abs() * 2**-8 + 1e-4 * want.abs().max() + bound).all()
     assert not got.isfinite().logical_not().any()
     assert (got != 0).any() == (size > step)
+    x, matrix = x * min(1, 2.0**110 / size), normal(32, 64, seed=1).bfloat16()
+    for rows, weight in ((x.repeat(4, 1), matrix), (matrix.repeat(2, 1), x)):  # numbers of any size, in both
+        want = rows.double() @ weight.double().mT
+        got = tiles.dense_linear(rows, weight.repeat(32, 1), None).double()[:, : len(weight)]
+        bound = 2 * step * torch.minimum(group_sizes(rows).sum(1)[:, None], group_sizes(weight).sum(1)) + 1e-30
+        assert ((got - want).abs() <= want.abs() * 2**-8 + 1e-4 * want.abs().max() + bound).all()
 
 
 def test_matrices_of_other_kinds_are_not_covered() -> None:

@@ -1,0 +1,60 @@
+"""What pages show where the run lacks their quantity: a command that records it and what the run has already."""
+
+from collections.abc import Iterator
+from html import unescape
+
+import pytest
+
+from tests.conftest import DATA
+from workbench.dashboards.pages import made
+from workbench.dashboards.session import Page, Session
+from workbench.dashboards.state import RunRegistry, Selection
+from workbench.runs import Run
+
+
+@pytest.fixture
+def session() -> Iterator[Session]:
+    registry = RunRegistry([DATA / "demo.zarr"])
+    yield Session(registry, Selection({}), lambda: None)
+    registry.jobs.close()
+
+
+def text_of(page: Page) -> str:
+    return unescape("".join(str(getattr(part, "object", "")) for part in page.main))
+
+
+def record(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    monkeypatch.setattr(Run, "recorded", property(lambda _: list(names)))
+
+
+@pytest.mark.parametrize(
+    ("page", "has", "needed", "options"),
+    [
+        ("sinks", ("routing", "logprobs"), "sink attention", "--record routing --record logprobs --record sinks"),
+        ("experts", ("sinks", "features"), "routing", "--record sinks --record routing"),
+        ("neuron-examples", ("routing",), "neurons", "--record routing --record neurons"),
+    ],
+)
+def test_a_page_without_its_quantity_has_a_command_that_records_it_too(
+    session: Session, monkeypatch: pytest.MonkeyPatch, page: str, has: tuple[str, ...], needed: str, options: str
+) -> None:
+    record(monkeypatch, *has)
+    text = text_of(made(page, session))
+    assert f"This run has no recorded {needed}" in text
+    assert f"It recorded {', '.join(has)}." in text
+    assert text.endswith(f"workbench capture MODEL TRANSCRIPTS RUN.zarr {options}</pre></div>")
+
+
+def test_the_page_of_a_recorded_quantity_shows_no_such_command(session: Session) -> None:
+    """A negative control."""
+    assert "This run has no recorded" not in text_of(made("sinks", session))
+
+
+def test_the_page_of_effort_states_how_to_generate_other_efforts(
+    session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for efforts, stated in ((["low"], "all transcripts of demo have the effort low"), ([], "demo names none")):
+        monkeypatch.setattr(RunRegistry, "efforts", lambda *_, known=efforts: known)
+        text = text_of(made("effort", session))
+        assert stated in text
+        assert "--effort low --effort medium --effort high" in text
