@@ -36,7 +36,7 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("lack", LACKS, ids=lambda error: type(error).__name__)
-def test_every_form_is_recognized_also_behind_another_error(lack: BaseException) -> None:
+def test_every_form_is_recognized_also_as_the_cause_of_another_error(lack: BaseException) -> None:
     assert lack_of_memory(lack) is lack
     damage = InputError("run.zarr is damaged")
     damage.__cause__ = lack

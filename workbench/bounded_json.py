@@ -93,7 +93,13 @@ def refuse_deep(text: str, max_depth: int = MAX_DEPTH) -> None:
             raise InputError(f"invalid JSON: lists and objects are nested deeper than {max_depth} levels")
 
 
-def read_json(path: Path, *, max_bytes: int = MAX_BYTES, max_depth: int = MAX_DEPTH) -> Any:
+def read_json(
+    path: Path,
+    *,
+    max_bytes: int = MAX_BYTES,
+    max_depth: int = MAX_DEPTH,
+    object_pairs_hook: Callable[[list[tuple[str, Any]]], Any] | None = None,
+) -> Any:
     """Return the value of a JSON file in UTF-8; no more than `max_bytes` of it are read.
 
     Raises:
@@ -108,7 +114,7 @@ def read_json(path: Path, *, max_bytes: int = MAX_BYTES, max_depth: int = MAX_DE
     refuse_lfs_pointer(path, content)
     if len(content) > max_bytes:
         raise InputError(f"the file is larger than {max_bytes:,} bytes")
-    return parse_json(content, max_depth=max_depth)
+    return parse_json(content, max_depth=max_depth, object_pairs_hook=object_pairs_hook)
 
 
 def _decoded(content: bytes) -> str:

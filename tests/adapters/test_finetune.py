@@ -318,6 +318,13 @@ def test_a_training_that_was_killed_after_its_last_step_is_done(
     assert done == json.loads((out / "training.json").read_text())
     assert (out / "adapter_model.safetensors").read_bytes() == written
     assert not state.exists()
+    # killed even later, when the state was removed
+    assert finetune(nano, rows, out, options=options, schedule=schedule) == done
+    with pytest.raises(InputError, match=r"out exists: choose another name"):
+        finetune(nano, rows, out, options=options, schedule=replace(schedule, seed=1))
+    (out / "adapter_model.safetensors").write_bytes(written + b"0")
+    with pytest.raises(InputError, match=r"out exists and was not written by .* or was changed since"):
+        finetune(nano, rows, out, options=options, schedule=schedule)
 
 
 def test_nano_learns_another_answer(nano: Any, rows: Path, tmp_path: Path) -> None:

@@ -195,7 +195,7 @@ def test_an_interruption_and_a_locale_without_the_characters(checked: Checked, l
             ends(done, arguments, 0, 1, 130)
 
 
-def test_an_interrupted_command_says_that_it_resumes_only_if_it_does() -> None:
+def test_an_interrupted_command_states_that_it_resumes_only_if_it_does() -> None:
     assert set(cli._RESUMING) <= {*COMMANDS}
     for command in COMMANDS:
         resumes = "rerun the command to resume" in cli._interrupted([*command.split(), "--seed", "1"])

@@ -265,6 +265,7 @@ def test_an_unknown_field_can_be_declared_harmless(tmp_path: Path) -> None:
         (b"[" * 100_000, "cannot be read as JSON"),
         (b'"\xff"', "cannot be read as JSON"),
         (b"[1]", "holds a list"),
+        (b'{"rms_norm_eps": 1e-5, "rms_norm_eps": 0.5}', "an object has the name 'rms_norm_eps' twice"),
     ],
 )
 def test_what_is_no_config_is_refused(tmp_path: Path, text: bytes, message: str) -> None:

@@ -101,7 +101,8 @@ def finetune(
     inputs = [data, *([adapter] if adapter else [])]
     state = state_path(out)
     unfinished = os.path.exists(state)
-    check_output(out, command=COMMAND, inputs=inputs, overwrite=overwrite or unfinished)
+    known = unfinished or os.path.exists(Path(out) / "training.json")  # perhaps of this training: see below
+    check_output(out, command=COMMAND, inputs=inputs, overwrite=overwrite or known)
     examples, digest = _read_data(model, data, channels)
     steps = schedule.steps or -(-len(examples) // schedule.batch)
     about = {
@@ -115,7 +116,7 @@ def finetune(
         "adapter": adapter and _weights_digest(Path(adapter)),
         "dtype": str(model.dtype),
     }
-    if unfinished and (result := _finished(Path(out), about)) is not None:
+    if (unfinished or not overwrite) and (result := _finished(Path(out), about)) is not None:
         state.unlink(missing_ok=True)
         return result
     target = check_output(out, command=COMMAND, inputs=inputs, overwrite=overwrite)

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from workbench.bounded_json import read_json
+from workbench.bounded_json import read_json, unique_names
 from workbench.errors import InputError
 
 CONFIG = "adapter_config.json"
@@ -61,7 +61,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / CONFIG
     try:
-        config = read_json(path)
+        config = read_json(path, object_pairs_hook=unique_names)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{folder} {_what_it_is(folder)}: give a folder that PEFT's save_pretrained wrote") from error
     except (OSError, ValueError, RecursionError) as error:

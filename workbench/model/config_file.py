@@ -10,7 +10,7 @@ from pathlib import Path
 from reprlib import repr as short
 from typing import Any
 
-from workbench.bounded_json import read_json
+from workbench.bounded_json import read_json, unique_names
 from workbench.errors import InputError
 from workbench.model.config import Config, Rope, check_sizes
 from workbench.model.config_fields import ConfigFields
@@ -38,7 +38,7 @@ def read_config(folder: Path, ignore_fields: Collection[str] = ()) -> Config:
     """
     path = folder / "config.json"
     try:
-        values = read_json(path)
+        values = read_json(path, object_pairs_hook=unique_names)
     except FileNotFoundError:
         raise InputError(f"{folder} has no config.json: it is not a checkpoint folder") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -47,7 +47,7 @@ def about(row: Row, *read: str) -> dict[str, Any]:
         "complete": is_complete(row),
         "correct": row.get("correct") if isinstance(row.get("correct"), bool) else None,
         "answer": row.get("target") if isinstance(row.get("target"), str) else None,
-        "meta": {**_kept(row, read), **object_of(row.get("metadata")), **object_of(row.get("meta"))},
+        "meta": {**_metadata_of(row, read), **object_of(row.get("metadata")), **object_of(row.get("meta"))},
         "notes": _notes(row, read),
     }
 
@@ -100,7 +100,7 @@ class _Nothing:
     """A type that no value has."""
 
 
-def _kept(row: Row, read: Sequence[str]) -> dict[str, Any]:
+def _metadata_of(row: Row, read: Sequence[str]) -> dict[str, Any]:
     """Return the fields that nothing reads and that metadata can hold."""
     texts = {name: _as_json(value) for name, value in _unread(row, read).items()}
     return {name: parse_json(text) for name, text in texts.items() if text is not None}
