@@ -84,7 +84,7 @@ def main(kind: str, folder: Path, kills: int, seed: int, signals: list[signal.Si
     finetune._SAVE_S = 0.0  # after every step, not every two minutes
     rng = np.random.default_rng(seed)
     killed = outputs = 0
-    longest = 0.0
+    longest, resumes = 0.0, False
     with serving() if kind == "transcripts" else contextlib.nullcontext("") as url:
         while killed < kills:
             begun = time.monotonic()
@@ -96,8 +96,11 @@ def main(kind: str, folder: Path, kills: int, seed: int, signals: list[signal.Si
                 killed += 1
             elif status == 0:
                 longest, outputs = max(longest, time.monotonic() - begun), outputs + 1
+            elif resumes and "exists: choose another name" in (folder / "stderr").read_text():
+                outputs += 1  # killed when all was written
             else:
                 raise SystemExit(f"{kind} failed by itself: status {status}: {(folder / 'stderr').read_text()[-500:]}")
+            resumes = status is None
             if "Traceback" in (text := (folder / "stderr").read_text()):
                 raise SystemExit(f"{kind}: a traceback: {text[-1500:]}")
     print(f"{killed} kills, {outputs} outputs")
