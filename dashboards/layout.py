@@ -74,6 +74,7 @@ def page_template(
         raw_css=[look.style(theme)],
         theme=pn.theme.DarkTheme if theme == "dark" else pn.theme.DefaultTheme,
         meta_viewport="width=device-width, initial-scale=1",
+        busy_indicator=None,  # Panel's is switched for all sessions by each one; page.html has its own
         texts={
             "page_title": escape(titles[page]),
             "run_name": escape(run_name),

@@ -206,7 +206,9 @@ border-bottom:1px solid var(--wb-line);position:sticky;top:0;z-index:10}
 .wb-theme,.wb-menu{display:inline-flex;gap:6px;align-items:center;color:var(--wb-ink);background:transparent;
 border:1px solid var(--wb-control);border-radius:6px;padding:3px 9px;font:inherit;font-size:13px;text-decoration:none;
 cursor:pointer}
-.wb-menu{display:none}.wb-right .loader:not(.spin){opacity:0}
+.wb-menu{display:none}.wb-busy{width:16px;height:16px;border:2px solid var(--wb-accent);border-top-color:transparent;
+border-radius:50%;opacity:0;animation:wb-turn 1s linear infinite paused}@keyframes wb-turn{to{transform:rotate(1turn)}}
+.wb-waits .wb-busy{opacity:1;animation-play-state:running;transition:opacity 0s .2s}
 .wb-body{display:flex;align-items:stretch;min-height:calc(100vh - 48px)}
 .wb-side{flex:0 0 256px;padding:10px 8px 30px;border-right:1px solid var(--wb-line);background:var(--wb-surface);
 position:sticky;top:48px;height:calc(100vh - 48px);overflow-y:auto}

@@ -99,7 +99,6 @@ TESTED_BY = {
     "dashboards/frame_view": "dashboards/test_attention_page.py",
     "dashboards/heatmap_pages": "dashboards/test_app.py",
     "dashboards/results_pages": "dashboards/test_stored_results.py",
-    "dashboards/session": "dashboards/test_content.py",
     "data/card": "data/test_nano.py",
     "data/command": "data/test_evaluate.py",
     "data/conversations": "data/test_tasks.py",

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import threading
 from pathlib import Path
 
 import panel as pn
@@ -9,8 +10,10 @@ import pytest
 from bokeh.document import Document
 from bokeh.models import ImportedStyleSheet
 from panel.io.state import set_curdoc
+from playwright.sync_api import Browser
 
 from tests.conftest import DATA
+from tests.serving import free_port
 from workbench.dashboards import app, layout
 from workbench.dashboards.layout import GROUPS, missing_page, navigation
 from workbench.dashboards.pages import page_titles
@@ -90,3 +93,35 @@ def test_a_session_without_html_loads_its_styles_from_this_server(monkeypatch: p
         assert styles_from_other_hosts(registry), "negative control: without the address they are Panel's"
     finally:
         registry.jobs.close()
+
+
+@pytest.mark.browser
+def test_a_page_is_busy_until_its_own_server_work_is_done(browser: Browser) -> None:
+    """Panel's indicator would be switched on every page of the server, by every session (the second page)."""
+    running, finish = threading.Event(), threading.Event()
+
+    def page() -> layout.PageTemplate:
+        def work(_: object) -> None:
+            running.set()
+            finish.wait(60)
+
+        button = pn.widgets.Button(label="Work", on_click=work)
+        return layout.page_template("experts", {"experts": "Experts"}, "demo", sidebar=[], main=[button])
+
+    port = free_port()
+    server = pn.serve(page, port=port, threaded=True, show=False)
+    try:
+        first, second = browser.new_page(), browser.new_page()
+        for one in (first, second):
+            one.goto(f"http://localhost:{port}")
+            one.get_by_role("button", name="Work").wait_for()
+            one.wait_for_function("!document.documentElement.matches('.wb-waits')")
+        first.get_by_role("button", name="Work").click()
+        first.locator("html.wb-waits").wait_for()
+        assert running.wait(60)
+        assert second.locator("html.wb-waits").count() == 0
+        finish.set()
+        first.wait_for_function("!document.documentElement.matches('.wb-waits')")
+    finally:
+        finish.set()
+        server.stop()

@@ -25,8 +25,6 @@ __all__ = ["Limits", "dashboard_page", "live_page", "serve"]
 
 _MAX_ADDRESS = 16_000  # characters of a recipe in an address; browsers and proxies refuse much longer ones
 _AWAY_MS = 5_000  # a browser that has not reconnected after this time has left, and its request is cancelled
-# refreshing the page would switch the busy indicator on all the time; the page shows its own status
-_CSS = ".wb-right > span[aria-hidden]{display:none}"
 _EXAMPLES = {"nano": "24*29"}  # of the tasks it was trained on
 
 
@@ -69,7 +67,7 @@ def live_page(
             if given.get("recipe") and not problem
             else urlencode(others | ({"theme": theme} if theme == "dark" else {}))
         )
-        template = page_template(
+        return page_template(
             "live",
             titles or {"live": "Live"},
             server.title,
@@ -79,8 +77,6 @@ def live_page(
             theme=theme,
             absent=absent,
         )
-        template.config.raw_css = [*template.config.raw_css, _CSS]
-        return template
 
     return show
 
