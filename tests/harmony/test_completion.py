@@ -21,11 +21,19 @@ CUT: list[dict[str, Any]] = [
     {"finish_reason": "abort"},
     {"finish_reason": "a reason of tomorrow"},
     {"finish_reason": ["stop"]},
+    {"finish_reason": {"type": "length", "length": 64}},
     {"stop_reason": "max_tokens"},
     {"done_reason": "length"},
     {"status": "incomplete"},
 ]
-ENDED: list[dict[str, Any]] = [{"finish_reason": "stop"}, {"stop_reason": "end_turn"}, {"status": "completed"}]
+ENDED: list[dict[str, Any]] = [
+    {"finish_reason": "stop"},
+    {"finish_reason": "COMPLETE"},
+    {"finish_reason": {"type": "stop", "matched": 200002}},
+    {"finish_reason": "stop", "stop_reason": 200002},
+    {"stop_reason": "end_turn"},
+    {"status": "completed"},
+]
 
 
 @pytest.mark.parametrize("fields", CUT, ids=str)

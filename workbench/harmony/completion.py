@@ -30,6 +30,10 @@ _CUT = {
 }
 _ENDED = {
     "stop",
+    "stopped",
+    "complete",
+    "finished",
+    "end",
     "stop_sequence",
     "eos",
     "eos_token",
@@ -68,5 +72,7 @@ def is_complete(fields: Mapping[str, Any]) -> bool | None:
 
 
 def _reason(value: Any) -> str:
-    """Return a reason in lower case, "" if there is none; of `FinishReason.LENGTH` the last word."""
+    """Return a reason in lower case, "" if there is none: the last word of `FinishReason.LENGTH`, an object's type."""
+    if isinstance(value, Mapping):  # as SGLang writes it
+        value = value.get("type")
     return value.strip().lower().rpartition(".")[2] if isinstance(value, str) else "" if value is None else "unknown"
