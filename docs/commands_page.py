@@ -81,11 +81,10 @@ def dashboard_table() -> str:
     ]
     return "\n".join(
         [
-            f"{measured['machine']}; browser and server share it with other programs: its load average was "
-            f"{measured['load_average'][0]} before and {measured['load_average'][1]} after. "
-            f"The server's peak was {measured['server_peak_gb']:.2f} GB. The first visit of the page *Effort* is until "
-            "its headings are there: the curve of a large run comes with the study. The command waited for headings "
-            "then; it now waits for the main result of each page.",
+            f"{measured['machine']}; browser and server share it: its load average was {measured['load_average'][0]} "
+            f"before and {measured['load_average'][1]} after. The server's peak was {measured['server_peak_gb']:.2f} "
+            "GB. A visit ends when the main result of the page is shown; the first visit of the overview, *Analysis "
+            "vs. final* and *Effort* ends when what needs no study is there.",
             "",
             "| page | first visit, s | later, s |",
             "|---|---|---|",
