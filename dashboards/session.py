@@ -171,7 +171,7 @@ def not_recorded(run: Run, needed: str, remedy: str) -> Any:
     """
     again = [name for name in run.recorded if name in _WITHOUT_OPTIONS and f"--record {name}" not in remedy]
     options = " ".join([*(f"--record {name}" for name in again), remedy])
-    text = f"It recorded {', '.join(run.recorded) or 'nothing'}. Capture the same transcripts into another run:"
+    text = f"The run has {', '.join(run.recorded) or 'nothing'}. Capture the same transcripts into another run:"
     command = f"workbench capture MODEL TRANSCRIPTS RUN.zarr {options}"
     return widgets.empty_state(f"This run has no recorded {needed}", text, command)
 

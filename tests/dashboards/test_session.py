@@ -41,7 +41,7 @@ def test_a_page_without_its_quantity_has_a_command_that_records_it_too(
     record(monkeypatch, *has)
     text = text_of(made(page, session))
     assert f"This run has no recorded {needed}" in text
-    assert f"It recorded {', '.join(has)}." in text
+    assert f"The run has {', '.join(has)}." in text
     assert text.endswith(f"workbench capture MODEL TRANSCRIPTS RUN.zarr {options}</pre></div>")
 
 
