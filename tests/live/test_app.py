@@ -149,8 +149,11 @@ def test_what_a_button_did_is_shown_beside_it(url: str) -> None:
         page.get_by_role("button", name="Continue", exact=True).click()
         expect(page.locator(".lv-given").first).to_be_visible(timeout=LONG)
         expect(page.get_by_text("cut off after 12 new tokens")).to_be_visible(timeout=LONG)
-        after = page.locator(".lv-text").first.inner_text()
-        assert (after[: len(before)], len(after) > len(before)) == (before, True)
+        answer = page.locator(".lv-text").first
+        expect(answer).not_to_have_text(before, timeout=LONG)
+        expect(page.get_by_text("cut off after 12 new tokens")).to_be_visible(timeout=LONG)
+        after = answer.inner_text()
+        assert after.startswith(before)
         field = page.get_by_label("Beginning of the answer")
         expect(field).to_be_hidden()
         page.get_by_role("button", name="Edit the answer").click()

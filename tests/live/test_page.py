@@ -112,6 +112,24 @@ def test_a_page_shows_both_answers_and_the_difference(server: ModelServer) -> No
     assert "forbid(1, [0, 1," in shown._recipe_card._copied.value
 
 
+def test_the_answers_are_complete_before_the_page_says_so(server: ModelServer) -> None:
+    shown, _ = page(server)
+    answers: list[str] = []
+    shown._status.param.watch(lambda event: answers.append(shown._answers[0].object), "object")
+    shown.run()
+    job = shown._job
+    assert job is not None
+    assert job.ended.wait(120)
+    job.ended.clear()  # as between the last token and the end of the job
+    shown.refresh()
+    assert "Generating the original answer" in shown._status.object
+    job.ended.set()
+    shown.refresh()
+    assert "Done." in shown._status.object
+    assert answers[-1] == shown._answers[0].object
+    assert answers[0] != answers[-1], "negative control: the answer grew"
+
+
 def test_limits_and_errors_are_told(server: ModelServer) -> None:
     shown, _ = page(server)
     shown._tokens.high = 100

@@ -267,11 +267,12 @@ class LivePage:
         if job is None or experiment is None:
             return
         ended, position = job.ended.is_set(), self._server.queue.position(job)
-        state = (job.steps, job.state, position, ended, id(job))
-        if state == self._shown:
+        # a state is final when the job has ended; until then its answers may lack tokens
+        state = job.state if ended or job.state is State.WAITING else State.RUNNING
+        now = (job.steps, state, position, ended, id(job))
+        if now == self._shown:
             return
-        self._shown = state
-        self._status.object = "".join(note(text, "warning") for text in self._notes) + self._state_html(job, experiment)
+        self._shown = now
         answer = experiment.original if experiment.edited is None else experiment.edited
         self._show_map(answer, "original" if experiment.edited is None else "edited")
         comparison = experiment.comparison if ended else None
@@ -283,6 +284,9 @@ class LivePage:
         if ended:
             self._comparison.object = self._comparison_html(experiment)
             self._show_problems(experiment)
+        # last, so that a page that says "Done" has the whole answers
+        notes = "".join(note(text, "warning") for text in self._notes)
+        self._status.object = notes + self._state_html(job, experiment, state)
 
     def _show_problems(self, experiment: Experiment) -> None:
         """Show on the cards of a run which interventions could not be applied or met no token."""
@@ -302,7 +306,7 @@ class LivePage:
         self._comparison.object = _muted(_COMPARISON_LATER if recipe.interventions else _NO_COMPARISON)
         self.refresh()
 
-    def _state_html(self, job: Job, experiment: Experiment) -> str:
+    def _state_html(self, job: Job, experiment: Experiment, state: State) -> str:
         position = self._server.queue.position(job)
         answer = experiment.edited or experiment.original
         texts = {
@@ -315,13 +319,13 @@ class LivePage:
             State.CANCELLED: "Stopped.",
             State.TIMED_OUT: f"Stopped at the time limit of {self._server.limits.max_seconds:g} s.",
         }
-        if job.state is State.FAILED:
+        if state is State.FAILED:
             refused = experiment.refused
             which = f"Intervention {refused[0] + 1}, {self._run_cards[refused[0]].title}: " if refused else ""
             return note(which + job.reason, "danger")
-        if job.state is State.DONE and (cut := cut_off_sentence(experiment)):
+        if state is State.DONE and (cut := cut_off_sentence(experiment)):
             return note(f"Done. {cut} Press Continue, or raise New tokens.", "warning")
-        return note(texts[job.state], "good" if job.state is State.DONE else "")
+        return note(texts[state], "good" if state is State.DONE else "")
 
     def _show_map(self, answer: Answer, name: str) -> None:
         cfg = self._server.model.cfg
