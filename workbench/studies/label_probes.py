@@ -19,7 +19,7 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float
 
-from workbench.counting import count_of
+from workbench.counting import count_of, signed_interval
 from workbench.errors import InputError
 from workbench.registry import Study
 from workbench.runs import Run
@@ -207,8 +207,8 @@ def _summary(result: xr.Dataset) -> str:
         hits, alarms = float(one["hits"].mean()), float(one["false_alarms"].mean())
         verdict = "beyond" if shown and beyond[0] > 0 else "below" if shown else "not shown to differ from"
         lines.append(
-            f"  layer {layer}: AUC {auc:.3f} [{low:.3f}, {high:.3f}], {verdict} the best baseline ({beyond[0]:+.3f} "
-            f"[{beyond[1]:+.3f}, {beyond[2]:+.3f}]); control task {float(one['auc'].sel(source='control task')):.3f}; "
+            f"  layer {layer}: AUC {auc:.3f} [{low:.3f}, {high:.3f}], {verdict} the best baseline "
+            f"({signed_interval(*beyond, 3)}); control task {float(one['auc'].sel(source='control task')):.3f}; "
             f"frozen thresholds: {hits:.0%} hits, {alarms:.0%} false alarms."
         )
     return "\n".join(lines)
