@@ -174,11 +174,12 @@ def _long_table(rows: pd.DataFrame, links: Mapping[str, Sequence[str]]) -> pn.wi
         page_size=_PLAIN_ROWS,
         sizing_mode="stretch_width",
         formatters={
-            column: {"type": "plaintext" if _widest(rows[column]) <= 2 * _LONG else "textarea"} for column in texts
+            column: {"type": "plaintext" if wide or _widest(rows[column]) <= 2 * _LONG else "textarea"}
+            for column in texts
         }
         | {column: _decimals(rows[column]) for column in rows.columns if rows[column].dtype.kind == "f"}
         | {column: {"type": "link", "urlField": url, "labelField": text} for column, (url, text) in hidden.items()},
-        configuration={"columnDefaults": {"minWidth": 60, **({"maxWidth": 320} if wide else {})}},
+        configuration={"columnDefaults": {"minWidth": 60, **({"maxWidth": 240, "tooltip": True} if wide else {})}},
         text_align={column: "right" for column in rows.columns if column not in texts},
         header_filters={column: {"type": "input", "placeholder": "filter"} for column in texts},
         theme="simple",

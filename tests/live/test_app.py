@@ -217,14 +217,16 @@ def test_a_saved_recipe_is_loaded_by_a_click_and_its_answers_are_on_the_first_sc
         expect(page.get_by_text("Skipped <b>.json:")).to_be_visible(timeout=LONG)
         page.get_by_role("button", name="four layers").click(timeout=LONG)
         expect(page.get_by_text("The recipe “four layers” was loaded. Press Run.")).to_be_visible(timeout=LONG)
-        expect(page.get_by_text("Sinks of layer 0 × 0.5; acts on all tokens")).to_be_visible(timeout=LONG)  # folded
+        folded = [
+            page.get_by_role("button", name=f"Sinks of layer {n} × 0.5; acts on all tokens", exact=True) for n in (0, 3)
+        ]
         run_to_the_end(page)
         answers = page.get_by_text("assistant · final")
         expect(answers).to_have_count(2, timeout=LONG)
         for number in range(2):
             expect(answers.nth(number)).to_be_in_viewport()
-        page.get_by_text("Sinks of layer 0 × 0.5; acts on all tokens").click()
-        expect(page.get_by_text("Sinks of layer 3 × 0.5; acts on all tokens")).to_be_visible(timeout=LONG)
+        folded[0].click()
+        expect(folded[1]).to_be_visible(timeout=LONG)  # one card is open at a time
         page.get_by_label("Strength").locator("visible=true").first.scroll_into_view_if_needed()
         expect(answers.first).to_be_in_viewport()  # it stays in sight beside the cards
         page.get_by_label("Name of the recipe").fill("my layers")
