@@ -1,6 +1,6 @@
 """The live page in a real browser: prompt, forbid experts, both answers, the recipe, and a viewer who leaves.
 
-Tests `workbench.live.app` and `workbench.live.expert_map`.
+Tests `workbench.live.app`, `workbench.live.arrangement` and `workbench.live.expert_map`.
 """
 
 import json

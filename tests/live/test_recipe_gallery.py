@@ -81,7 +81,7 @@ def test_files_that_are_no_recipes_are_named_on_the_card(tmp_path: Path) -> None
     assert loaded == ["other"]
 
 
-def test_a_recipe_of_another_model_says_so(server: ModelServer, tmp_path: Path) -> None:
+def test_a_recipe_of_another_model_is_named_as_such(server: ModelServer, tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text(Recipe(user="1+1", model="20b").to_json())
     shown = LivePage(server, FORBID, "light", lambda _: None)
     assert shown._gallery is not None

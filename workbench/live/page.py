@@ -295,7 +295,7 @@ class LivePage:
         if ended:
             self._comparison.object = difference_html(experiment) or _muted(_NO_COMPARISON)
             self._show_problems(experiment)
-        # last, so that a page that says "Done" has the whole answers
+        # last, so that a page that states "Done" has complete answers
         notes = "".join(note(text, "warning") for text in self._notes)
         self._status.object = notes + self._state_html(job, experiment, state)
 

@@ -104,7 +104,7 @@ class RecipeFolder:
             return state, str(error).removeprefix(f"{self.path / name}: ")
 
     def save(self, name: str, recipe: Recipe, *, replace: bool = False) -> str:
-        """Save a recipe under a name, and return the name of its file. replace: a recipe of this name may exist.
+        """Write a recipe under a name and return the name of its file; `replace` also replaces a recipe of this name.
 
         Raises:
             InputError: the name is not allowed or taken, the folder is full, or it cannot be written.
