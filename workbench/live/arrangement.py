@@ -17,7 +17,7 @@ _GRID_CSS = f"""
 grid-template-areas:"prompt" "answers" "experts"}}
 .lv-prompt-area{{grid-area:prompt}}.lv-answers-area{{grid-area:answers}}.lv-experts-area{{grid-area:experts}}
 @container (min-width:{_TWO_COLUMNS}px){{
-:host{{grid-template-columns:minmax(360px,2fr) minmax(0,3fr);grid-template-rows:auto 1fr;
+:host{{grid-template-columns:minmax(330px,3fr) minmax(0,5fr);grid-template-rows:auto 1fr;
 grid-template-areas:"prompt answers" "experts answers"}}
 .lv-answers-area{{position:sticky;top:{_HEADER}px}}
 }}

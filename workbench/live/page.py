@@ -168,7 +168,7 @@ class LivePage:
         return [
             arranged(
                 [*([self._gallery.view] if self._gallery else []), widgets.card("Prompt", prompt)],
-                [controls, widgets.beside(*sides, width=300), widgets.card("Difference", self._comparison)],
+                [controls, widgets.beside(*sides, width=250), widgets.card("Difference", self._comparison)],
                 [widgets.card("Experts and interventions", experts)],
             ),
             widgets.card("Recipe", self._recipe_card.view()),
