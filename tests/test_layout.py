@@ -152,7 +152,7 @@ TESTED_BY = {
     "kernels/cpu/expert_loops": "kernels/cpu/test_layer.py",
     "kernels/cpu/piece_loops": "kernels/cpu/test_layer.py",
     "kernels/cpu/row_loops": "kernels/cpu/test_layer.py",
-    "kernels/cpu/dense_integer_loops": "kernels/cpu/test_tiles.py",
+    "kernels/cpu/integer_groups": "kernels/cpu/test_tiles.py",
     "kernels/cpu/dense_tile_loops": "kernels/cpu/test_tiles.py",
     "kernels/cpu/integer_tile_loops": "kernels/cpu/test_tiles.py",
     "kernels/cpu/tile_jobs": "kernels/cpu/test_tiles.py",

@@ -136,7 +136,6 @@ def compile_loops() -> None:
         compile_some()
     if tiles.available():
         tiles._dense()
-        tiles._dense_integer()
         tiles._integer()
 
 

@@ -155,7 +155,7 @@ def _multiply(counter, memory, jobs, number, matrix, width, outputs, inputs, bia
                 for vector in range(OUTPUTS // LANES):
                     at = matrix + 2 * ((output + LANES * vector) * width + start + first)
                     _widen_group(at, width, tile + ROW_BYTES * first + 64 * vector)
-            _add_products(tile, x + 4 * start * blocks * rows, sums, depth, blocks, rows)
+            _add_products(tile, x + 4 * start * blocks * rows, sums, depth, blocks, rows, 1, _TILE_BYTES)
         store_results(sums, jobs, job, 0, bias, outputs, output, results)
 
 

@@ -1,7 +1,7 @@
 """Products of many rows by tiles of a matrix, `workbench.kernels.cpu.tiles`, against float64.
 
-The loops are those of `workbench.kernels.cpu.dense_tile_loops` and `workbench.kernels.cpu.integer_tile_loops`, and of
-`workbench.kernels.cpu.dense_integer_loops` beyond 32 rows, with the jobs of `workbench.kernels.cpu.tile_jobs`.
+The loops are those of `workbench.kernels.cpu.dense_tile_loops` and `workbench.kernels.cpu.integer_tile_loops`, with the
+integers of `workbench.kernels.cpu.integer_groups` and the jobs of `workbench.kernels.cpu.tile_jobs`.
 """
 
 import pytest
