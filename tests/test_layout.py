@@ -157,6 +157,7 @@ TESTED_BY = {
     "kernels/cpu/integer_tile_loops": "kernels/cpu/test_tiles.py",
     "kernels/cpu/tile_jobs": "kernels/cpu/test_tiles.py",
     "kernels/cpu/position_loops": "kernels/cpu/test_positions.py",
+    "kernels/cpu/sequence_loops": "kernels/cpu/test_sequences.py",
     "kernels/cpu/slot_loops": "kernels/cpu/test_slots.py",
     "kernels/cpu/unpacking_loops": "kernels/cpu/test_loops.py",
     "kernels/cpu/vectors": "kernels/cpu/test_products.py",
