@@ -11,6 +11,7 @@ Cost: unpacks a matrix once for each 1,024 rows, which takes as long as multiply
 
 import functools
 import threading
+from collections.abc import Iterable
 
 import torch
 from jaxtyping import BFloat16, Float32, Int
@@ -121,18 +122,34 @@ def expert_linear(
 ) -> BFloat16[Tensor, "tokens slot outputs"]:
     """Return x times its expert's matrix, plus its bias, for every slot; x has one row for each token or slot."""
     ends = slots.ends.tolist()
-    ranges = zip(slots.hit.tolist(), [0, *ends[:-1]], ends, strict=True)
-    jobs = _jobs(
-        [
-            (expert, start, min(_JOB_ROWS, end - start))
-            for expert, first, end in ranges
-            for start in range(first, end, _JOB_ROWS)
-        ]
-    )
+    counts = [end - first for first, end in zip([0, *ends[:-1]], ends, strict=True)]
     results = x.new_empty(*slots.experts.shape, weight.scales.shape[-2])
     sources = slots.order // (slots.experts.numel() // len(x))
-    _multiply_packed(x.contiguous(), weight, bias, jobs, sources, slots.order, results)
+    write_expert_rows(x, weight, bias, zip(slots.hit.tolist(), counts, strict=True), sources, slots.order, results)
     return results
+
+
+def write_expert_rows(
+    x: BFloat16[Tensor, "rows inputs"],
+    weight: Mxfp4,
+    bias: BFloat16[Tensor, "expert outputs"],
+    counts: Iterable[tuple[int, int]],
+    sources: Int[Tensor, " number"] | None,
+    targets: Int[Tensor, " number"] | None,
+    results: BFloat16[Tensor, "*results outputs"],
+) -> None:
+    """Write products of rows with their experts' matrices, plus their biases, into the results.
+
+    counts: experts, and how many rows each of them multiplies. sources, targets: rows of x and of the results, in the
+    order of the experts; the rows in their order by default.
+    """
+    jobs, first = [], 0
+    for expert, count in counts:
+        jobs += [
+            (expert, start, min(_JOB_ROWS, first + count - start)) for start in range(first, first + count, _JOB_ROWS)
+        ]
+        first += count
+    _multiply_packed(x.contiguous(), weight, bias, _jobs(jobs), sources, targets, results)
 
 
 def _multiply_packed(
