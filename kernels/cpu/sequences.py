@@ -8,7 +8,7 @@ import functools
 import threading
 
 import torch
-from jaxtyping import BFloat16, Float32, Int
+from jaxtyping import BFloat16, Float, Float32, Int
 from torch import Tensor
 
 from workbench.kernels.cpu import sequence_loops, threads, tiles
@@ -34,7 +34,7 @@ def attention(
     v: BFloat16[Tensor, "batch key kv d_head"],
     query_pos: Int[Tensor, "batch query"],
     window: int | None,
-    sinks: Tensor | None,
+    sinks: Float[Tensor, " head"] | None,
 ) -> tuple[
     BFloat16[Tensor, "batch query head d_head"],
     Float32[Tensor, "batch query head"],
