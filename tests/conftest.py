@@ -17,6 +17,7 @@ from pathlib import Path
 
 import jaxtyping
 import pytest
+from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
 from tests import typechecking
@@ -58,6 +59,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="store_true",
         help="run long simulations, full matrices and many trials; their results are committed",
     )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let hypothesis try the same cases each time, however busy the machine is; with --long, others each time."""
+    settings.register_profile(
+        "suite",
+        deadline=None,
+        derandomize=not config.getoption("--long"),
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")

@@ -130,6 +130,22 @@ def test_the_answers_are_complete_before_the_page_says_so(server: ModelServer) -
     assert answers[0] != answers[-1], "negative control: the answer grew"
 
 
+def test_an_answer_does_not_grow_beside_done_of_the_last_run(server: ModelServer) -> None:
+    shown, _ = page(server)
+    states: list[str] = []
+    shown.run()
+    job = shown._job
+    assert job is not None
+    assert job.ended.wait(120)
+    shown.refresh()
+    shown._answers[0].param.watch(lambda event: states.append(shown._status.object), "object")
+    for ended, status in ((False, "Generating"), (True, "of the last run")):
+        shown._answers[0].object, shown._status.object, shown._shown = "", "Done, of the last run", None
+        (job.ended.set if ended else job.ended.clear)()
+        shown.refresh()
+        assert status in states[-1], "negative control: at its end the answer comes before the status"
+
+
 def test_limits_and_errors_are_told(server: ModelServer) -> None:
     shown, _ = page(server)
     shown._tokens.high = 100
