@@ -5,6 +5,7 @@ is defined; tests that compile kernels do so in a process of their own. GPUs are
 on a machine that has one: `workbench bench gpu --first` checks a GPU.
 """
 
+import itertools
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,7 +13,8 @@ os.environ["TRITON_INTERPRET"] = "1"
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
 
 import sys
-from collections.abc import Generator
+from collections import defaultdict
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import jaxtyping
@@ -39,7 +41,10 @@ install_import_hook([*KERNELS, "workbench.hooks", *MODEL], CHECK)
 # Files whose tests take up to a minute each come first, so that all workers end at about the same time.
 LONGEST = ("test_packaging.py", "test_howto_tasks.py", "test_docs.py", "test_notebooks.py", "test_faults.py")
 # Tests of these packages and modules run with the checks, which double the time of a short pass; others, and slow ones,
-# do not. The modules are of `workbench.experiments`; `tests/experiments/conftest.py` decorates them.
+# do not. The modules are of `workbench.experiments`; `tests/experiments/conftest.py` decorates them. Of a test with
+# parameters, every fourth case does, from the first one: its cases call the same functions.
+CHECKED_EVERY = 4
+CASE = pytest.StashKey[int]()  # the number of a test among those with other parameters
 CHECKED = ("hooks", "kernels", "model")
 CHECKED_EXPERIMENTS = (
     "attribution",
@@ -90,13 +95,16 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     package = item.path.relative_to(ROOT / "tests").parts[0] if item.path.is_relative_to(ROOT / "tests") else ""
     module = item.path.stem.removeprefix("test_")
     wanted = package in CHECKED or (package == "experiments" and module in CHECKED_EXPERIMENTS)
-    checked = wanted and item.get_closest_marker("slow") is None
+    checked = wanted and item.get_closest_marker("slow") is None and item.stash.get(CASE, 0) % CHECKED_EVERY == 0
     jaxtyping.config.update("jaxtyping_disable", not checked)
     return (yield)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out tests marked long unless they are asked for with --long; begin with the longest ones."""
+    cases = defaultdict[str, Iterator[int]](itertools.count)
+    for item in items:
+        item.stash[CASE] = next(cases[item.nodeid.partition("[")[0]])
     items.sort(key=lambda item: item.path.name not in LONGEST)
     if not config.getoption("--long"):
         left_out = [item for item in items if item.get_closest_marker("long")]

@@ -112,7 +112,7 @@ def test_a_page_shows_both_answers_and_the_difference(server: ModelServer) -> No
     assert "forbid(1, [0, 1," in shown._recipe_card._copied.value
 
 
-def test_the_answers_are_complete_before_the_page_says_so(server: ModelServer) -> None:
+def test_the_answers_are_complete_before_the_page_shows_done(server: ModelServer) -> None:
     shown, _ = page(server)
     answers: list[str] = []
     shown._status.param.watch(lambda event: answers.append(shown._answers[0].object), "object")

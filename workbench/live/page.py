@@ -288,7 +288,7 @@ class LivePage:
         if ended:
             self._comparison.object = self._comparison_html(experiment)
             self._show_problems(experiment)
-            self._status.object = status  # last, so that a page that says "Done" has the whole answers
+            self._status.object = status  # last, so that a page that shows "Done" has the whole answers
 
     def _show_problems(self, experiment: Experiment) -> None:
         """Show on the cards of a run which interventions could not be applied or met no token."""
