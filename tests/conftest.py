@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
 from tests import typechecking
+from tests.interpreted_triton import replace_language_once_for_a_launch
 
 ROOT = Path(__file__).parents[1]
 DATA = ROOT / "data"
@@ -37,13 +38,14 @@ MODEL = [
 # jsonschema, which nbformat imports, would take four seconds to compile a grammar of IRIs, which no notebook has
 sys.modules.setdefault("rfc3987_syntax", None)  # type: ignore[arg-type]
 CHECK = f"{typechecking.__name__}.check_calls"
+replace_language_once_for_a_launch()
 install_import_hook([*KERNELS, "workbench.hooks", *MODEL], CHECK)
 # Files whose tests take up to a minute each come first, so that all workers end at about the same time.
 LONGEST = ("test_packaging.py", "test_howto_tasks.py", "test_docs.py", "test_notebooks.py", "test_faults.py")
 # Tests of these packages and modules run with the checks, which double the time of a short pass; others, and slow ones,
 # do not. The modules are of `workbench.experiments`; `tests/experiments/conftest.py` decorates them. Of a test with
-# parameters, every fourth case does, from the first one: its cases call the same functions.
-CHECKED_EVERY = 4
+# many parameters, the first four cases do and then every fourth: they call the same functions.
+CHECKED_FIRST = 4
 CASE = pytest.StashKey[int]()  # the number of a test among those with other parameters
 CHECKED = ("hooks", "kernels", "model")
 CHECKED_EXPERIMENTS = (
@@ -95,7 +97,9 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     package = item.path.relative_to(ROOT / "tests").parts[0] if item.path.is_relative_to(ROOT / "tests") else ""
     module = item.path.stem.removeprefix("test_")
     wanted = package in CHECKED or (package == "experiments" and module in CHECKED_EXPERIMENTS)
-    checked = wanted and item.get_closest_marker("slow") is None and item.stash.get(CASE, 0) % CHECKED_EVERY == 0
+    checked = wanted and item.get_closest_marker("slow") is None
+    case = item.stash.get(CASE, 0)
+    checked &= case < CHECKED_FIRST or case % CHECKED_FIRST == 0
     jaxtyping.config.update("jaxtyping_disable", not checked)
     return (yield)
 
