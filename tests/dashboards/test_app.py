@@ -240,12 +240,13 @@ def test_a_head_s_page_is_in_the_link(demo: str, browser: Browser) -> None:
 
 @pytest.mark.parametrize(("label", "start"), [("SVG", b"<svg"), ("PNG", b"\x89PNG")])
 def test_a_figure_is_downloaded(demo: str, browser: Browser, label: str, start: bytes) -> None:
-    session = Session(browser, f"{demo}/experts?channel=final").drawn()
+    session = Session(browser, f"{demo}/experts?channel=final")
+    heat(session.page, "demo-relative-final-all-all")  # it is drawn, or there is nothing to save
     with session.page.expect_download() as download:
         session.page.get_by_role("button", name=label, exact=True).first.click()
     assert Path(download.value.path()).read_bytes().startswith(start)
     assert download.value.suggested_filename == f"demo-relative-final-all-all.{label.lower()}"
-    with session.page.expect_download(timeout=300_000) as download:
+    with session.page.expect_download() as download:
         session.page.get_by_role("link", name="Numbers as CSV").first.click()
     assert Path(download.value.path()).read_text().startswith("channel,")
     assert session.errors == []
