@@ -22,7 +22,7 @@ from workbench.figures.template import ThemeName
 
 _PAGE = Path(__file__).with_name("graph.html")
 HEIGHT = 760
-VIEW = ("threshold", "pins", "groups", "labels", "subgraph", "node")  # what can be chosen in the frame
+VIEW = ("threshold", "edges", "pins", "groups", "labels", "subgraph", "node")  # what can be chosen in the frame
 MOST_NODES, MOST_EDGES = 3_000, 12_000  # that are drawn; of more, those with the largest influence or weight
 OURS = "gpt-oss"  # the scan of files that `workbench graph` wrote before it marked its influences as cumulative
 # of a node in the format, as they are written to the JSON that the page saves
@@ -108,7 +108,8 @@ def document(
 def graph_data(content: Any) -> dict[str, Any]:
     """Return what the page draws of a graph in circuit-tracer's format: tokens, nodes, edges and how it was made.
 
-    Pinned nodes and supernodes of the file are the first choice of the page.
+    Pinned nodes and supernodes of the file are the first choice of the page. An edge is (source, target, weight, the
+    influence that it carries).
 
     Nodes and edges beyond `MOST_NODES` and `MOST_EDGES` are left out, the weakest first; `left_out` states how many.
 
@@ -134,7 +135,10 @@ def graph_data(content: Any) -> dict[str, Any]:
         ) from error
     shown = sorted(nodes, key=lambda node: (node["kind"] != "logit", -node["influence"]))[:MOST_NODES]
     known = {node["id"]: number for number, node in enumerate(shown)}
-    inside = [(known[s], known[t], w) for s, t, w in edges if s in known and t in known]
+    carried = _edge_influences(nodes, edges)
+    inside = [
+        (known[s], known[t], w, share) for (s, t, w), share in zip(edges, carried, strict=True) if {s, t} <= known.keys()
+    ]
     drawn = sorted(inside, key=lambda edge: -abs(edge[2]))[:MOST_EDGES]
     top = max((node["layer"] for node in shown if node["kind"] not in ("logit", "error")), default=0)
     for node in shown:
@@ -150,6 +154,20 @@ def graph_data(content: Any) -> dict[str, Any]:
         "supernodes": supernodes,
         "left_out": [len(nodes) - len(shown), len(edges) - len(drawn)],
     }
+
+
+def _edge_influences(nodes: Sequence[Mapping[str, Any]], edges: Sequence[tuple[str, str, float]]) -> list[float]:
+    """Return the influence that each edge carries: of its target, times its share of what flows into the target.
+
+    The influence of a logit is 1. Of a graph whose nodes have no influence, the size of each edge is returned.
+    """
+    if not any(node["influence"] for node in nodes):
+        return [abs(weight) for _, _, weight in edges]
+    influence = {node["id"]: 1.0 if node["kind"] == "logit" else node["influence"] for node in nodes}
+    total = dict.fromkeys(influence, 0.0)
+    for _, target, weight in edges:
+        total[target] = total.get(target, 0.0) + abs(weight)
+    return [abs(w) / total[t] * influence.get(t, 0.0) if total[t] > 0 else 0.0 for _, t, w in edges]
 
 
 def _divide(nodes: Sequence[dict[str, Any]], total: float) -> None:

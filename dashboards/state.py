@@ -56,6 +56,7 @@ class Selection:
         "experiment",
         "graph",
         "threshold",
+        "edges",
         "pins",
         "groups",
         "labels",
