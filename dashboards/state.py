@@ -57,6 +57,7 @@ class Selection:
         "graph",
         "threshold",
         "edges",
+        "ablated",
         "pins",
         "groups",
         "labels",
@@ -191,6 +192,10 @@ class RunRegistry:
         run = self.run(name)
         path = str(self._paths[name])
         return partial(self.jobs.attention, path, run.content_digest, self.model(name), sequence, layers)
+
+    def graph_ablation(self, name: str, graph: Path, nodes: Sequence[str]) -> Callable[[], Answer]:
+        """Return a function that asks for the measured effects of ablating nodes of a graph beside a run."""
+        return partial(self.jobs.graph_ablation, graph, self.model(name), list(nodes))
 
     def put_label(self, name: str, examples: xr.Dataset, layer: int, expert: int, label: str) -> Path:
         """Write the label of an expert into the file beside the run, and return its path.

@@ -29,6 +29,7 @@ OUTPUTS: dict[tuple[str, str], str] = {
     ("figures", "out"): "run.zarr --format html --out OUT",
     ("finetune", "out"): "nano transcripts.jsonl --out OUT --steps 1 --batch 1 --rank 1",
     ("graph", "out"): "nano --prompt 2+2= --out OUT --max-new-tokens 4",
+    ("graph-ablation", "out"): "graph.json --model nano --out OUT --top 1",
     ("apply", "out"): "recipe.json --prompts prompts.jsonl --controls 20 --out OUT",
     ("apply", "answers"): "recipe.json --answers OUT",
     ("attention", "out"): "run.zarr 0 --model nano --out OUT",
