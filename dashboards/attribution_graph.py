@@ -22,7 +22,16 @@ from workbench.figures.template import ThemeName
 
 _PAGE = Path(__file__).with_name("graph.html")
 HEIGHT = 760
-VIEW = ("threshold", "edges", "pins", "groups", "labels", "subgraph", "node", "ablated")  # what can be chosen in the frame
+VIEW = (
+    "threshold",
+    "edges",
+    "pins",
+    "groups",
+    "labels",
+    "subgraph",
+    "node",
+    "ablated",
+)  # what can be chosen in the frame
 ABLATED = ("embedding", "head", "expert", "neuron")  # kinds of nodes that the page can ablate in the model
 MOST_ABLATED = 20  # nodes at once
 MOST_NODES, MOST_EDGES = 3_000, 12_000  # that are drawn; of more, those with the largest influence or weight
@@ -131,7 +140,7 @@ def document(
     *,
     ablates: bool = False,
 ) -> str:
-    """Return one HTML document that draws what `graph_data` returned and fetches nothing. view, ablates: see `frame`."""
+    """Return an HTML document that draws what `graph_data` returned and fetches nothing; for options see `frame`."""
     kinds = ABLATED if ablates else ()
     more = {"name": name, "theme": theme, "view": dict(view or {}), "ablates": kinds, "most_ablated": MOST_ABLATED}
     data = json.dumps({**graph, **more}, separators=(",", ":"))
@@ -172,7 +181,9 @@ def graph_data(content: Any) -> dict[str, Any]:
     known = {node["id"]: number for number, node in enumerate(shown)}
     carried = _edge_influences(nodes, edges)
     inside = [
-        (known[s], known[t], w, share) for (s, t, w), share in zip(edges, carried, strict=True) if {s, t} <= known.keys()
+        (known[s], known[t], w, share)
+        for (s, t, w), share in zip(edges, carried, strict=True)
+        if {s, t} <= known.keys()
     ]
     drawn = sorted(inside, key=lambda edge: -abs(edge[2]))[:MOST_EDGES]
     names = {node["id"] for node in shown}

@@ -17,14 +17,14 @@ from jaxtyping import Float
 
 from workbench import registry
 from workbench.counting import count_of
-from workbench.dashboards import content, search, widgets
+from workbench.dashboards import content, feature_details, search, widgets
 from workbench.dashboards.example_lists import coloured_example, example, list_of
 from workbench.dashboards.session import Page, Session, box
 from workbench.harmony.labels import CHANNELS
 from workbench.runs import Run, feature_examples
 from workbench.runs.examples import sample_keys
 from workbench.studies import feature_examples as examples_study
-from workbench.studies import token_labels
+from workbench.studies import feature_labels, token_labels
 from workbench.studies.expert_examples import AFTER, BEFORE
 
 MOST_TOKENS = 300_000  # that are read
@@ -60,10 +60,13 @@ def features(session: Session) -> Page:
     name = widgets.select("Recorded features", known, session.choice.get("quantity", known))
     layers = {n: layers_of(run, n) for n in known}
     layer = widgets.select("Layer", layers[str(name.value)], session.choice.get("layer", layers[str(name.value)]))
+    find = pn.widgets.TextInput(
+        label="Find features", value=session.choice.text("words"), placeholder="label or token", width=widgets.WIDTH
+    )
     shown = box()
 
     def show(*_: Any) -> None:
-        session.put(quantity=str(name.value), layer=str(layer.value))
+        session.put(quantity=str(name.value), layer=str(layer.value), words=str(find.value))
         index = layers[str(name.value)].index(str(layer.value))
         shown[:] = [widgets.guarded(lambda: _section(session, str(name.value), index))]
 
@@ -74,43 +77,77 @@ def features(session: Session) -> Page:
     show()
     name.param.watch(other, "value")
     layer.param.watch(show, "value")
+    find.param.watch(show, "value")
     question = f"<p class='wb-lead'>{escape(registry.find('feature-examples').question)}</p>"
-    return Page([name, layer], [widgets.html(content.about(run) + question), shown])
+    return Page([name, layer, find], [widgets.html(content.about(run) + question), shown])
 
 
 def _section(session: Session, name: str, index: int) -> pn.Column:
-    table = by_channel(session.run, name, index)
-    label = f"{session.name}-{name}"
+    table, layer = by_channel(session.run, name, index), layers_of(session.run, name)[index]
+    label, n_features = f"{session.name}-{name}", int(table.attrs["features"])
+    effects = feature_details.stored_effects(session, name, layer, n_features)
+    automatic = session.registry.automatic_feature_labels(session.name, name, index, session.exclude)
+    own = feature_labels.read(session.run)
+    labels = {feature: text for (of, at, feature), text in own.items() if (of, at) == (name, int(layer))}
+    every = feature_details.described(table, labels, automatic, effects)
+    matches = feature_details.matching(every, session.choice.text("words"))
+    known = [str(feature) for feature in table["feature"]]
+    chosen = session.choice.get("feature", known, next((str(n) for n in matches["feature"]), None))
     parts: list[Any] = []
-    chosen = session.choice.get("feature", [str(feature) for feature in table["feature"]])
     if chosen:
-        row = table[table["feature"] == int(chosen)].iloc[0]
-        layer = layers_of(session.run, name)[index]
-        about = {"Autoencoder": f"{name}, layer {layer}", "Largest value": f"{row['largest value']:.2f}"}
-        shares = {c.removesuffix(" (%)"): f"{row[c]:.2f} %" for c in table.columns if c.endswith("(%)")}
-        about["Tokens above zero"] = ", ".join(f"{label} {share}" for label, share in shares.items())
+        row = every[every["feature"] == int(chosen)].iloc[0]
+        about = {"Autoencoder": f"{name}, layer {layer}", "Largest activation": f"{row['largest value']:.2f}"}
+        densities = {c.removesuffix(" (%)"): f"{row[c]:.3g} %" for c in table.columns if c.endswith("(%)")}
+        about["Density (tokens above zero)"] = ", ".join(f"{channel} {share}" for channel, share in densities.items())
+        heading = f"Feature {chosen}" + (f": {row['label']}" if row["label"] else "")
+        text = automatic[int(chosen)] if int(chosen) < len(automatic) else ""
         parts += [
-            widgets.html(f"<h2>Feature {escape(chosen)}</h2>{content.facts(about)}"),
+            widgets.html(f"<h2>{escape(heading)}</h2>{content.facts(about)}"),
+            feature_details.label_editor(session, name, layer, int(chosen), text),
+            widgets.beside(
+                feature_details.logit_effects(session, effects, int(chosen)),
+                widgets.deferred(
+                    lambda: feature_details.activations_figure(session, name, index, int(chosen), MOST_TOKENS)
+                ),
+            ),
             _examples(session, name, index, int(chosen)),
         ]
-    rows = table.head(MOST_ROWS)
-    links = [session.link("features", feature=str(feature)) for feature in rows["feature"]]
-    note = (
-        f"Tokens with a value above zero, in % of the tokens of a channel; {len(rows):,} of "
-        f"{count_of(len(table), 'feature')}, "
-        "sorted by the difference between analysis and final"
-    )
-    parts.append(widgets.table("Features by channel", rows, f"{label}-features", {"feature": links}, note=note))
+    table_card = _features_table(session, matches, len(every), n_features, label)
+    # the answer to a search comes first
+    parts = [table_card, *parts] if session.choice.text("words") else [*parts, table_card]
+    ds, number = feature_details.shares(table, n_features), int(chosen) if chosen else None
+    parts.append(widgets.deferred(lambda: feature_details.density_figure(session, ds, label, number)))
     pooled = "all tokens" if _has_lists(session.run, name) else f"the first {MOST_TOKENS:,} tokens"
-    method = f"Pooled over {pooled} and not tested. To compare labels with controls: "
+    method = (
+        f"A feature is active at a token if its activation is above zero. Densities are pooled over {pooled} and not "
+        "tested. An automatic label is made of the tokens of a feature's largest activations. To compare labels of "
+        "tokens with controls: "
+    )
     method = f"<p class='wb-muted'>{escape(method)}<code>workbench study label-probes</code></p>"
     return pn.Column(*parts, widgets.html(method), sizing_mode="stretch_width")
 
 
-def by_channel(run: Run, name: str, index: int) -> pd.DataFrame:
-    """Return a row for each feature: tokens that have it (%), in all content and by channel, and its largest value.
+def _features_table(session: Session, matches: pd.DataFrame, n_active: int, n_features: int, label: str) -> Any:
+    """Return the table of the features that match the search, each with a link to its examples."""
+    words, rows = session.choice.text("words"), matches.head(MOST_ROWS).round(3)
+    if rows.empty:
+        text = f"No label or token of the {count_of(n_active, 'active feature')} contains {words!r}. Find another one."
+        return widgets.empty_state("No matching features", text)
+    links = [session.link("features", feature=str(feature)) for feature in rows["feature"]]
+    among = f" with a label or token that contains {words!r}" if words else ""
+    note = (
+        f"Density: tokens with an activation above zero, in % of the tokens of a channel; {len(rows):,} of "
+        f"{count_of(len(matches), 'feature')}{among}, sorted by the difference between analysis and final; "
+        f"{n_features - n_active:,} of {n_features:,} features are never active"
+    )
+    return widgets.table("Features by channel", rows, f"{label}-features", {"feature": links}, note=note)
 
-    index: of the layer among those recorded. The largest difference between analysis and final comes first.
+
+def by_channel(run: Run, name: str, index: int) -> pd.DataFrame:
+    """Return a row for each active feature: tokens that have it (%), in all content and by channel, and largest value.
+
+    index: of the layer among those recorded. The attribute `features` has the number of all. The largest difference
+    between analysis and final comes first.
     """
     if _has_lists(run, name):
         lists = feature_examples.of_run(run, name)
@@ -150,8 +187,10 @@ def _table(counts: Mapping[str, Any], totals: Mapping[str, int], largest: Any) -
     }
     table = pd.DataFrame(columns)
     order = np.abs(of["analysis"] - of["final"]) if {"analysis", "final"} <= set(of) else table["all content (%)"]
-    table = table.iloc[np.argsort(-np.asarray(order), kind="stable")].round(2)
-    return table[table["largest value"] > 0].reset_index(drop=True)
+    table = table.iloc[np.argsort(-np.asarray(order), kind="stable")]
+    table = table[table["largest value"] > 0].reset_index(drop=True)
+    table.attrs["features"] = len(largest)
+    return table
 
 
 def examples(

@@ -15,7 +15,7 @@ import xarray as xr
 
 from workbench.dashboards import attribution_graph, search, widgets
 from workbench.dashboards.frame_view import view_input
-from workbench.dashboards.results_pages import notes
+from workbench.dashboards.results_pages import unreadable_notes
 from workbench.dashboards.session import Page, Session, box
 
 _OF_ONE_GRAPH = ("pins", "groups", "labels", "subgraph", "node", "ablated")  # another graph has other nodes
@@ -47,7 +47,8 @@ def graph(session: Session) -> Page:
             "An attribution graph shows which tokens, heads and experts made the model give a token. Make one in the "
             "folder that holds the run, and open this page again:"
         )
-        return Page([], [widgets.empty_state("No attribution graph beside this run", text, command), *notes(stored)])
+        none = widgets.empty_state("No attribution graph beside this run", text, command)
+        return Page([], [none, *unreadable_notes(stored)])
     names = list(stored.graphs)
     pick = widgets.select("Graph", names, session.choice.get("graph", names))
     shown, linked = box(), box()
@@ -83,7 +84,7 @@ def graph(session: Session) -> Page:
 
     show()
     pick.param.watch(show, "value")
-    return Page([pick], [linked, ablations.state, shown, view, ablations.field, *notes(stored)])
+    return Page([pick], [linked, ablations.state, shown, view, ablations.field, *unreadable_notes(stored)])
 
 
 class _Ablations:

@@ -1,11 +1,9 @@
 """The page of what is stored beside a run: effects of experiments; attribution graphs have a page of their own."""
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from html import escape
 from typing import Any
-from urllib.parse import urlencode
 
 import numpy as np
 import pandas as pd
@@ -13,9 +11,8 @@ import panel as pn
 import xarray as xr
 
 from workbench import registry
-from workbench.dashboards import attribution_graph, content, search, theme, widgets
+from workbench.dashboards import content, theme, widgets
 from workbench.dashboards.figure_labels import figure_names
-from workbench.dashboards.frame_view import view_input
 from workbench.dashboards.session import Page, Session, box
 from workbench.dashboards.stored_results import StoredResults
 from workbench.errors import InputError
@@ -40,7 +37,7 @@ _STACKED = 3  # figures of an experiment that are shown below each other
 def causal(session: Session) -> Page:
     """Return the page of experiments whose results are stored beside the run: effects, intervals and null."""
     stored = session.registry.stored(session.name)
-    notes = notes(stored)
+    notes = unreadable_notes(stored)
     if not stored.experiments:
         return Page([], [*_how_to_store(session), *notes])
     titles = {registry.find(name).title: name for name in stored.experiments}
@@ -221,7 +218,7 @@ def _how_to_store(session: Session) -> list[Any]:
     ]
 
 
-def notes(stored: StoredResults) -> list[Any]:
+def unreadable_notes(stored: StoredResults) -> list[Any]:
     """Return notes on what could not be shown of the files beside the run."""
     notes = [theme.note(f"{name} could not be read: {why}", "warning") for name, why in stored.unreadable.items()]
     if stored.omitted:

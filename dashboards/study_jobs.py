@@ -188,7 +188,6 @@ class StudyJobs:
         os.utime(cached.parent)
         return {"attention": attention_file.read(cached)}
 
-
     def _graph_ablation(
         self, graph: Path, digest: str, model: str, nodes: list[str], name: str
     ) -> dict[str, xr.Dataset]:

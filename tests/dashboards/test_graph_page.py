@@ -13,7 +13,6 @@ import pytest
 import torch
 
 import workbench as wb
-from tests.browser import launched
 from tests.dashboards.browsing import Session, expect, serve, stop
 from tests.dashboards.test_attribution_graph import graph as file_without_ids
 from tests.dashboards.test_pages import graph_frame, node
@@ -39,12 +38,6 @@ def served(folder: Path) -> Iterator[str]:
     server, url = serve(str(folder / "demo.zarr"))
     yield url
     stop(server)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[playwright.Browser]:
-    with launched() as one:
-        yield one
 
 
 def test_nodes_that_can_be_ablated_are_those_of_the_graph() -> None:

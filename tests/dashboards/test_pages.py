@@ -133,7 +133,9 @@ def test_edges_that_carry_little_are_hidden_counted_and_left_out_of_the_file(sto
     # they carry 0.91, 0.5, 0.3 and 0.09 of 1.8: two of them are less than 80 %, three are more
     expect(frame.locator("#drawn")).to_have_text("3 of 4, 95 % of their influence")
     expect(frame.locator(".edge")).to_have_count(3)
-    expect(frame.locator("#side h3").nth(1)).to_have_text("Largest direct effects on the logit (2, 1 of them not drawn)")
+    expect(frame.locator("#side h3").nth(1)).to_have_text(
+        "Largest direct effects on the logit (2, 1 of them not drawn)"
+    )
     session.page.wait_for_url(re.compile("edges=80"))
     with session.page.expect_download() as download:
         frame.get_by_role("button", name="JSON").click()

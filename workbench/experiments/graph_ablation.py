@@ -102,7 +102,9 @@ def read_graph(model: GptOss, content: Any, saes: Mapping[str, SAE] | None = Non
     if digest != model.checkpoint.digest:
         raise InputError("the graph was made with another checkpoint: give the model of the graph")
     _check(model, tokens, metadata, table)
-    return AttributionGraph(_with_slots(model, tokens, table), pd.DataFrame(), tokens, texts, metadata, dict(saes or {}))
+    return AttributionGraph(
+        _with_slots(model, tokens, table), pd.DataFrame(), tokens, texts, metadata, dict(saes or {})
+    )
 
 
 _TYPES = ("cross layer transcoder", "embedding")
