@@ -83,6 +83,11 @@ _SIZES = {
 PARTS_CSS = """
 a{color:var(--wb-accent)}.bk-clearfix>p:first-child{margin-top:0}.bk-clearfix>p:last-child{margin-bottom:0}
 a:focus-visible,button:focus-visible,summary:focus-visible{outline:3px solid var(--wb-accent);outline-offset:2px}
+.wb-save{display:inline-block;box-sizing:border-box;min-width:52px;height:28px;margin:0 4px;padding:1px 8px;
+font:inherit;font-size:12px;line-height:24px;text-align:center;text-decoration:none;cursor:pointer;
+border:1px solid var(--wb-line,#d5d9e0);border-radius:4px;background:none;color:var(--wb-muted,#5a6472)}
+.wb-save:hover,.wb-save:focus-visible{border-color:var(--wb-control,#7a8494);color:var(--wb-ink,#1f2430)}
+.wb-save:focus-visible{outline:3px solid var(--wb-accent,#14508c);outline-offset:1px}
 h2{font-size:var(--wb-title);line-height:1.3;margin:.2em 0}h3{font-size:var(--wb-lead);margin:.2em 0}
 h3:not(:first-child){margin-top:.9em}
 .wb-lead{font-size:var(--wb-lead);margin:0}.wb-muted{color:var(--wb-muted)}

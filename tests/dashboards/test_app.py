@@ -249,6 +249,9 @@ def test_a_figure_is_downloaded(demo: str, browser: Browser, label: str, start: 
         session.page.get_by_role("button", name=label, exact=True).first.click()
     assert Path(download.value.path()).read_bytes().startswith(start)
     assert download.value.suggested_filename == f"demo-relative-final-all-all.{label.lower()}"
+    with session.page.expect_download(timeout=300_000) as download:
+        session.page.get_by_role("link", name="Numbers as CSV").first.click()
+    assert Path(download.value.path()).read_text().startswith("channel,")
     assert session.errors == []
 
 

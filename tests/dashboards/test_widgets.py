@@ -1,10 +1,13 @@
 """Columns of a long table share its width where several have long texts; otherwise each is as wide as its content."""
 
+import base64
+import io
 import re
 import threading
 import time
 from collections.abc import Callable
 from functools import partial
+from html import unescape
 from types import SimpleNamespace
 
 import pandas as pd
@@ -45,6 +48,16 @@ def test_a_column_of_links_keeps_its_values_and_shows_no_address() -> None:
     few = widgets._plain_table(rows.head(2), {"expert": ["./a?b=1&c=2", ""]}).object
     assert '<a href="./a?b=1&amp;c=2">0</a>' in few
     assert "<td>1</td>" in few, "without an address there is no link"
+
+
+def test_a_short_table_is_saved_without_the_server() -> None:
+    rows = pd.DataFrame({"token": ['a,"b"', "<b>ü</b>"], "load": [1 / 3, 2.0]})
+    shown = widgets.table("Title", rows, 'load of "a"').objects[-1].object
+    (name, address), *others = re.findall(r'download="([^"]*)" href="([^"]*)"', shown)
+    assert (unescape(name), others) == ('load of "a".csv', [])
+    text = base64.b64decode(address.partition("base64,")[2]).decode()
+    assert pd.read_csv(io.StringIO(text)).equals(rows)
+    assert not pd.read_csv(io.StringIO(text)).equals(rows.round(2)), "negative control: all decimals are there"
 
 
 def test_deferred_content_comes_after_the_page_and_at_once_on_a_page_that_is_shown() -> None:

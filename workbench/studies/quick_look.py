@@ -88,15 +88,15 @@ def by_channel_and_effort(
 ) -> Float[pd.DataFrame, "channel effort"]:
     """Return one cell of `routing` (load relative to uniform) or `sinks` (sink attention) by channel and effort."""
     known = options(run)
-    sums = run.total("sink_sum" if measure == "mass" else "expert_count").sel(layer=[layer])
+    sums = run.total("sink_sum" if measure == "mass" else "expert_count").sel(layer=layer)
     if measure == "mass":
         over = run.total("tokens")
     else:
         over = sums.sum("expert") / layer_experts(run, layer + 1, sums.sizes["expert"])[layer]
     rows = {}
     for channel in known["channel"]:
-        cells = [(_pooled(sums, channel, e, task)[0, column], _pooled(over, channel, e, task)) for e in known["effort"]]
-        rows[channel] = [float(value / n.sum()) if n.sum() else np.nan for value, n in cells]
+        cells = [(_pooled(sums, channel, e, task)[column], _pooled(over, channel, e, task)) for e in known["effort"]]
+        rows[channel] = [float(value / n) if n else np.nan for value, n in cells]
     table = pd.DataFrame.from_dict(rows, orient="index", columns=known["effort"])
     return table.dropna(how="all").rename_axis("channel").reset_index()
 
@@ -110,9 +110,10 @@ def _pooled(total: xr.DataArray, channel: str, effort: str, task: str) -> np.nda
     known = [str(c) for c in total["channel"].values]
     if channel != ALL and channel not in known:
         raise InputError(f"channel {channel!r} is not in this run; it has {', '.join(known)}")
-    columns = [c for c in known if c == channel or (channel == ALL and c != "frame")]
-    within = total.isel(group=np.flatnonzero(chosen)).sel(channel=columns)
-    return np.asarray(within.sum(("group", "channel")).values, dtype=np.float64)
+    columns = [i for i, c in enumerate(known) if c == channel or (channel == ALL and c != "frame")]
+    # in numpy: a page has dozens of these, each of which took 2 ms with labels
+    values = np.moveaxis(total.values, (total.get_axis_num("group"), total.get_axis_num("channel")), (0, 1))
+    return np.nansum(values[np.ix_(np.flatnonzero(chosen), columns)], (0, 1)).astype(np.float64)
 
 
 def _labelled(
