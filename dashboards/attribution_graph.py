@@ -169,7 +169,7 @@ def graph_data(content: Any) -> dict[str, Any]:
         pinned = [str(id) for id in chosen.get("pinnedIds") or ()]
         supernodes = [[str(part) for part in group] for group in chosen.get("supernodes") or () if len(group) > 1]
         measured = {str(id): _number(value) for id, value in (info.get("measured") or {}).items()}
-        stored = {name: info[name] for name in ("tokens", "measured", "measured_together") if name in info}
+        stored = _stored(info)
         about = {str(k): v for k, v in info.items() if isinstance(v, str | int | float) and not isinstance(v, bool)}
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(
@@ -204,6 +204,17 @@ def graph_data(content: Any) -> dict[str, Any]:
         "stored": stored,
         "left_out": [len(nodes) - len(shown), len(edges) - len(drawn)],
     }
+
+
+def _stored(info: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the token ids and the measured effect of several nodes at once, where the file has them in their form."""
+    stored: dict[str, Any] = {}
+    if (ids := info.get("tokens")) and all(type(token) is int for token in ids):
+        stored["tokens"] = list(ids)
+    if several := info.get("measured_together"):
+        nodes = [str(id) for id in several["nodes"]]
+        stored["measured_together"] = {"nodes": nodes, "value": _number(several["value"])}
+    return stored
 
 
 def _edge_influences(nodes: Sequence[Mapping[str, Any]], edges: Sequence[tuple[str, str, float]]) -> list[float]:

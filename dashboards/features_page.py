@@ -64,67 +64,95 @@ def features(session: Session) -> Page:
         label="Find features", value=session.choice.text("words"), placeholder="label or token", width=widgets.WIDTH
     )
     shown = box()
+    sections: list[_Section] = []  # the one that is shown
 
     def show(*_: Any) -> None:
         session.put(quantity=str(name.value), layer=str(layer.value), words=str(find.value))
         index = layers[str(name.value)].index(str(layer.value))
-        shown[:] = [widgets.guarded(lambda: _section(session, str(name.value), index))]
+        section = widgets.guarded(lambda: _Section(session, str(name.value), index))
+        sections[:] = [section] if isinstance(section, _Section) else []
+        shown[:] = [section.view if isinstance(section, _Section) else section]
 
     def other(*_: Any) -> None:
         layer.options = layers[str(name.value)]
         show()
 
+    def search_again(*_: Any) -> None:
+        session.put(words=str(find.value))
+        for section in sections:
+            section.search()
+
     show()
     name.param.watch(other, "value")
     layer.param.watch(show, "value")
-    find.param.watch(show, "value")
+    find.param.watch(search_again, "value")
     question = f"<p class='wb-lead'>{escape(registry.find('feature-examples').question)}</p>"
     return Page([name, layer, find], [widgets.html(content.about(run) + question), shown])
 
 
-def _section(session: Session, name: str, index: int) -> pn.Column:
-    table, layer = by_channel(session.run, name, index), layers_of(session.run, name)[index]
-    label, n_features = f"{session.name}-{name}", int(table.attrs["features"])
-    effects = feature_details.stored_effects(session, name, layer, n_features)
-    automatic = session.registry.automatic_feature_labels(session.name, name, index, session.exclude)
-    own = feature_labels.read(session.run)
-    labels = {feature: text for (of, at, feature), text in own.items() if (of, at) == (name, int(layer))}
-    every = feature_details.described(table, labels, automatic, effects)
-    matches = feature_details.matching(every, session.choice.text("words"))
-    known = [str(feature) for feature in table["feature"]]
-    chosen = session.choice.get("feature", known, next((str(n) for n in matches["feature"]), None))
-    parts: list[Any] = []
-    if chosen:
-        row = every[every["feature"] == int(chosen)].iloc[0]
-        about = {"Autoencoder": f"{name}, layer {layer}", "Largest activation": f"{row['largest value']:.2f}"}
-        densities = {c.removesuffix(" (%)"): f"{row[c]:.3g} %" for c in table.columns if c.endswith("(%)")}
+class _Section:
+    """One feature of a recorded quantity, and the table of all features that match the search."""
+
+    def __init__(self, session: Session, name: str, index: int) -> None:
+        self._session, self._name, self._index = session, name, index
+        self._table, self._layer = by_channel(session.run, name, index), layers_of(session.run, name)[index]
+        self._label, self._n_features = f"{session.name}-{name}", int(self._table.attrs["features"])
+        self._effects = feature_details.stored_effects(session, name, self._layer, self._n_features)
+        self._automatic = session.registry.automatic_feature_labels(session.name, name, index, session.exclude)
+        self._above, self._below = box(), box()  # the table is in one of them: above if it answers a search
+        every = self._described()
+        matches = feature_details.matching(every, session.choice.text("words"))
+        known = [str(feature) for feature in self._table["feature"]]
+        chosen = session.choice.get("feature", known, next((str(n) for n in matches["feature"]), None))
+        number = int(chosen) if chosen else None
+        ds = feature_details.shares(self._table, self._n_features)
+        density = widgets.deferred(lambda: feature_details.density_figure(session, ds, self._label, number))
+        parts = [] if number is None else self._feature(every[every["feature"] == number].iloc[0])
+        self.search()
+        parts = [self._above, *parts, self._below, density, widgets.html(self._method())]
+        self.view = pn.Column(*parts, sizing_mode="stretch_width")
+
+    def _described(self) -> pd.DataFrame:
+        """Return the table of all features with their labels as they are now."""
+        own, place = feature_labels.read(self._session.run), (self._name, int(self._layer))
+        labels = {feature: text for (name, layer, feature), text in own.items() if (name, layer) == place}
+        return feature_details.described(self._table, labels, self._automatic, self._effects)
+
+    def _feature(self, row: "pd.Series[Any]") -> list[Any]:
+        """Return what is shown of the feature in a row of the table."""
+        session, name, index, feature = self._session, self._name, self._index, int(row["feature"])
+        about = {"Autoencoder": f"{name}, layer {self._layer}", "Largest activation": f"{row['largest value']:.2f}"}
+        densities = {c.removesuffix(" (%)"): f"{row[c]:.3g} %" for c in self._table.columns if c.endswith("(%)")}
         about["Density (tokens above zero)"] = ", ".join(f"{channel} {share}" for channel, share in densities.items())
-        heading = f"Feature {chosen}" + (f": {row['label']}" if row["label"] else "")
-        text = automatic[int(chosen)] if int(chosen) < len(automatic) else ""
-        parts += [
+        heading = f"Feature {feature}" + (f": {row['label']}" if row["label"] else "")
+        text = self._automatic[feature] if feature < len(self._automatic) else ""
+        return [
             widgets.html(f"<h2>{escape(heading)}</h2>{content.facts(about)}"),
-            feature_details.label_editor(session, name, layer, int(chosen), text),
+            feature_details.label_editor(session, name, self._layer, feature, text),
             widgets.beside(
-                feature_details.logit_effects(session, effects, int(chosen)),
+                feature_details.logit_effects(session, self._effects, feature),
                 widgets.deferred(
-                    lambda: feature_details.activations_figure(session, name, index, int(chosen), MOST_TOKENS)
+                    lambda: feature_details.activations_figure(session, name, index, feature, MOST_TOKENS)
                 ),
             ),
-            _examples(session, name, index, int(chosen)),
+            _examples(session, name, index, feature),
         ]
-    table_card = _features_table(session, matches, len(every), n_features, label)
-    # the answer to a search comes first
-    parts = [table_card, *parts] if session.choice.text("words") else [*parts, table_card]
-    ds, number = feature_details.shares(table, n_features), int(chosen) if chosen else None
-    parts.append(widgets.deferred(lambda: feature_details.density_figure(session, ds, label, number)))
-    pooled = "all tokens" if _has_lists(session.run, name) else f"the first {MOST_TOKENS:,} tokens"
-    method = (
-        f"A feature is active at a token if its activation is above zero. Densities are pooled over {pooled} and not "
-        "tested. An automatic label is made of the tokens of a feature's largest activations. To compare labels of "
-        "tokens with controls: "
-    )
-    method = f"<p class='wb-muted'>{escape(method)}<code>workbench study label-probes</code></p>"
-    return pn.Column(*parts, widgets.html(method), sizing_mode="stretch_width")
+
+    def search(self) -> None:
+        """Show the features that match the search: above everything else if there is one."""
+        words = self._session.choice.text("words")
+        matches = feature_details.matching(self._described(), words)
+        table = _features_table(self._session, matches, len(self._table), self._n_features, self._label)
+        self._above[:], self._below[:] = ([table], []) if words else ([], [table])
+
+    def _method(self) -> str:
+        pooled = "all tokens" if _has_lists(self._session.run, self._name) else f"the first {MOST_TOKENS:,} tokens"
+        method = (
+            f"A feature is active at a token if its activation is above zero. Densities are pooled over {pooled} and "
+            "not tested. An automatic label is made of the tokens of a feature's largest activations. To compare "
+            "labels of tokens with controls: "
+        )
+        return f"<p class='wb-muted'>{escape(method)}<code>workbench study label-probes</code></p>"
 
 
 def _features_table(session: Session, matches: pd.DataFrame, n_active: int, n_features: int, label: str) -> Any:

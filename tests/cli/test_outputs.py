@@ -52,6 +52,7 @@ INPUTS = {
     "prompts",
     "transcripts",
     "file",
+    "graph",
     "requests",
     "adapter",
     "results",

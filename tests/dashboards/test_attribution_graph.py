@@ -93,6 +93,22 @@ def test_what_is_left_out_of_a_large_graph_is_counted(monkeypatch: pytest.Monkey
     assert drawn["left_out"] == [2, 3]
 
 
+def test_measured_effects_of_a_file_are_those_of_its_nodes() -> None:
+    content = graph()
+    together = {"nodes": ["0_9_1", "1_2_1"], "value": 0.7}
+    content["metadata"]["info"] |= {"tokens": [3, 4], "measured": {"1_2_1": 0.25, "gone": 1.0}}
+    content["metadata"]["info"]["measured_together"] = together
+    drawn = attribution_graph.graph_data(content)
+    assert drawn["measured"] == {"1_2_1": 0.25}
+    assert drawn["stored"] == {"tokens": [3, 4], "measured_together": together}
+    assert attribution_graph.graph_data(graph())["stored"] == {}, "negative control: a file without them"
+    for damage in ({"measured": {"1_2_1": float("nan")}}, {"tokens": 3}, {"measured_together": {"nodes": []}}):
+        damaged = graph()
+        damaged["metadata"]["info"] |= damage
+        with pytest.raises(InputError, match="not an attribution graph"):
+            attribution_graph.graph_data(damaged)
+
+
 @pytest.mark.parametrize(
     ("where", "value"),
     [
