@@ -186,7 +186,7 @@ def _chosen(graph: AttributionGraph, ids: Sequence[str], top: int) -> list[int]:
         if not chosen:
             raise InputError("the graph has no head, expert or neuron to ablate")
         return [int(row) for row in chosen]
-    known = {name: int(row) for row, name in nodes["id"].items()}
+    known = dict(zip(nodes["id"].tolist(), nodes.index.tolist(), strict=True))
     if len(set(ids)) > MOST:
         raise InputError(f"{len(set(ids))} nodes: at most {MOST} are ablated at once")
     if missing := [name for name in ids if name not in known]:
