@@ -94,6 +94,7 @@ TESTED_BY = {
     "cli/live": "live/test_experiment.py",
     "cli/pipeline": "cli/test_cli.py",
     "cli/results": "cli/test_cli.py",
+    "dashboards/feature_details": "dashboards/test_features_page.py",
     "dashboards/example_lists": "dashboards/test_neurons_page.py",
     "dashboards/expert_sections": "dashboards/test_overview.py",
     "dashboards/frame_view": "dashboards/test_attention_page.py",

@@ -120,6 +120,30 @@ def test_a_graph_is_explored_and_its_view_is_in_the_link(stored: str, browser: B
     assert session.errors == session.foreign == []
 
 
+def test_edges_that_carry_little_are_hidden_counted_and_left_out_of_the_file(stored: str, browser: Browser) -> None:
+    session = Session(browser, f"{stored}/graph")
+    frame = graph_frame(session)
+    expect(frame.locator("#drawn")).to_have_text("4 of 4, 100 % of their influence")
+    frame.locator("#edges").evaluate("e => { e.value = 80; e.oninput(); e.onchange(); }")
+    # they carry 0.91, 0.5, 0.3 and 0.09 of 1.8: two of them are less than 80 %, three are more
+    expect(frame.locator("#drawn")).to_have_text("3 of 4, 95 % of their influence")
+    expect(frame.locator(".edge")).to_have_count(3)
+    expect(frame.locator("#side h3").nth(1)).to_have_text(
+        "Largest direct effects on the logit (2, 1 of them not drawn)"
+    )
+    session.page.wait_for_url(re.compile("edges=80"))
+    with session.page.expect_download() as download:
+        frame.get_by_role("button", name="JSON").click()
+    saved = json.loads(Path(download.value.path()).read_text())
+    assert [link["weight"] for link in saved["links"]] == [-2, 1, 0.5]
+    assert saved["metadata"]["info"]["shown_edges"] == "3 of 4, 95 % of their influence"
+    again = graph_frame(Session(browser, session.page.url))
+    expect(again.locator("#drawn")).to_have_text("3 of 4, 95 % of their influence")
+    again.locator("#edges").evaluate("e => { e.value = 100; e.oninput(); }")
+    expect(again.locator(".edge")).to_have_count(4)  # the negative control: nothing is hidden at 100 %
+    assert session.errors == session.foreign == []
+
+
 def test_pinned_nodes_become_a_supernode_that_is_named_saved_and_reopened(stored: str, browser: Browser) -> None:
     session = Session(browser, f"{stored}/graph?pins=0_9_1+1_2_1")
     frame = graph_frame(session)
