@@ -10,6 +10,7 @@ import pytest
 import workbench as wb
 from tests.browser import expect_value, read_until
 from tests.dashboards.browsing import SCREENSHOTS, Session, frame_of, serve, stop
+from tests.dashboards.test_pages import violations
 
 playwright = pytest.importorskip("playwright.sync_api")
 from playwright.sync_api import Browser, expect  # noqa: E402
@@ -107,6 +108,37 @@ def test_random_links_reopen_what_they_name(demo: str, demo_run: Path, browser: 
         assert asked.items() <= query.items()
     assert outside, "otherwise the links prove nothing about filters"
     assert session.errors == []
+
+
+def test_the_table_of_conversations_is_filtered_sorted_and_leads_to_one(demo: str, browser: Browser) -> None:
+    session = Session(browser, f"{demo}/transcript?effort=high")
+    page = session.page
+    title = page.get_by_role("button", name="Table of conversations")
+    expect(title).to_be_visible()
+    expect(page.locator(".tabulator-row")).to_have_count(0)  # it is made when it is opened
+    title.click()
+    expect(page.get_by_text("The same in all: ")).to_contain_text("effort high")
+    rows = page.locator(".tabulator-row")
+    expect(rows).to_have_count(15)
+    expect(rows.first).to_contain_text("/high/0")
+    assert violations(page.main_frame, []) == []
+    page.locator(".tabulator-col", has_text="conversation").locator("input").press_sequentially("chain-0")
+    expect(rows.first).to_contain_text("chain-0")
+    page.locator(".tabulator-col-title", has_text="answer tokens").click()
+    lengths = "a => a.map(r => Number(r.querySelector('[tabulator-field=\"answer tokens\"]').textContent))"
+    shown = rows.evaluate_all(lengths)
+    for _ in range(600):  # until the table is sorted
+        if shown == sorted(shown):
+            break
+        page.wait_for_timeout(200)
+        shown = rows.evaluate_all(lengths)
+    assert shown == sorted(shown)
+    assert len(set(shown)) > 3, "negative control: rows differ"
+    link = rows.first.get_by_role("link")
+    name = link.inner_text()
+    link.click()
+    expect(page.get_by_text(f"Id {name}").first).to_be_visible()
+    assert (session.errors, session.foreign) == ([], [])
 
 
 def test_next_opens_another_conversation_and_the_link_reopens_it(demo: str, browser: Browser) -> None:

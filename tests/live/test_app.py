@@ -1,6 +1,6 @@
 """The live page in a real browser: prompt, forbid experts, both answers, the recipe, and a viewer who leaves.
 
-Tests `workbench.live.app` and `workbench.live.expert_map`.
+Tests `workbench.live.app`, `workbench.live.arrangement` and `workbench.live.expert_map`.
 """
 
 import json
@@ -34,9 +34,20 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def url(log: Path) -> Iterator[str]:
+def recipes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the server's folder of recipes, with one that has four interventions and a file that is no recipe."""
+    folder = tmp_path_factory.mktemp("recipes")
+    four = tuple(Intervention("scale_sinks", layers=(layer,), strength=0.5) for layer in range(4))
+    (folder / "four layers.json").write_text(Recipe(user="12+7", effort="low", interventions=four).to_json())
+    (folder / "<b>.json").write_text("{")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def url(log: Path, recipes: Path) -> Iterator[str]:
     port = free_port()
     command = [sys.executable, "-m", "workbench.cli", "live", "nano", "--dtype", "float32", "--port", str(port)]
+    command += ["--recipes", str(recipes)]
     with log.open("w") as written:
         server = subprocess.Popen(command, stdout=written, stderr=subprocess.STDOUT)
     wait_for(port, server)
@@ -203,3 +214,38 @@ def test_wrong_inputs_stay_in_their_fields_and_leave_no_traceback(url: str, brow
     written = log.read_text()
     assert "Traceback" not in written, written
     assert url.rpartition("/")[0] in written, "negative control: it is the server's log"
+
+
+@pytest.mark.slow
+def test_a_saved_recipe_is_loaded_by_a_click_and_its_answers_are_on_the_first_screen(
+    url: str, recipes: Path, browser: Browser
+) -> None:
+    session = Session(browser, url)
+    page = session.page
+    page.set_viewport_size({"width": 1280, "height": 800})
+    expect(page.get_by_text("Skipped <b>.json:")).to_be_visible()
+    page.get_by_role("button", name="four layers").click()
+    expect(page.get_by_text("The recipe “four layers” was loaded. Press Run.")).to_be_visible()
+    folded = [
+        page.get_by_role("button", name=f"Sinks of layer {n} × 0.5; acts on all tokens", exact=True) for n in (0, 3)
+    ]
+    run_to_the_end(page)
+    answers = page.get_by_text("assistant · final")
+    expect(answers).to_have_count(2)
+    for number in range(2):
+        expect(answers.nth(number)).to_be_in_viewport()
+    folded[0].click()
+    expect(folded[1]).to_be_visible()  # one card is open at a time
+    page.get_by_label("Strength").locator("visible=true").first.scroll_into_view_if_needed()
+    expect(answers.first).to_be_in_viewport()  # it stays in sight beside the cards
+    page.get_by_label("Name of the recipe").fill("my layers")
+    page.get_by_role("button", name="Save for all viewers").click()
+    expect(page.get_by_text("was saved for all viewers as my layers.json")).to_be_visible()
+    expect(page.get_by_role("button", name="my layers")).to_be_visible()
+    assert Recipe.from_file(recipes / "my layers.json") == Recipe.from_file(recipes / "four layers.json")
+    assert violations(page.main_frame, []) == []
+    page.set_viewport_size({"width": 700, "height": 800})
+    page.evaluate("window.scrollTo(0, 0)")
+    expect(answers.first).not_to_be_in_viewport()  # negative control: one column
+    assert page.evaluate("document.documentElement.scrollWidth") == 700
+    assert (session.errors, session.foreign) == ([], [])
