@@ -22,7 +22,18 @@ from workbench.figures.template import ThemeName
 
 _PAGE = Path(__file__).with_name("graph.html")
 HEIGHT = 760
-VIEW = ("threshold", "pins", "groups", "labels", "subgraph", "node")  # what can be chosen in the frame
+VIEW = (
+    "threshold",
+    "edges",
+    "pins",
+    "groups",
+    "labels",
+    "subgraph",
+    "node",
+    "ablated",
+)  # what can be chosen in the frame
+ABLATED = ("embedding", "head", "expert", "neuron")  # kinds of nodes that the page can ablate in the model
+MOST_ABLATED = 20  # nodes at once
 MOST_NODES, MOST_EDGES = 3_000, 12_000  # that are drawn; of more, those with the largest influence or weight
 OURS = "gpt-oss"  # the scan of files that `workbench graph` wrote before it marked its influences as cumulative
 # of a node in the format, as they are written to the JSON that the page saves
@@ -39,7 +50,7 @@ _PROMPT = re.compile(
 )
 _DATE = re.compile(r"\d{4}-\d{2}-\d{2}")  # the system message may name the day, which takes as many tokens on every day
 _PREDICTED = 8  # tokens from the target on
-_EXPERT = re.compile(r"layer ([0-9]{1,4}) expert ([0-9]{1,4})")
+_NODE = r"layer ([0-9]{1,4}) KIND ([0-9]{1,4})(?:: .*)?"  # after the colon is the label of a run's expert
 
 
 def load(path: Path) -> dict[str, Any]:
@@ -53,8 +64,24 @@ def load(path: Path) -> dict[str, Any]:
 
 def experts_by_node(graph: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     """Return the (layer, expert) of each node that is an expert, by the id of the node."""
-    matches = {node["id"]: _EXPERT.fullmatch(node["label"]) for node in graph["nodes"] if node["kind"] == "expert"}
+    return _by_node(graph, "expert")
+
+
+def heads_by_node(graph: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Return the (layer, head) of each node that is a head, by the id of the node."""
+    return _by_node(graph, "head")
+
+
+def _by_node(graph: Mapping[str, Any], kind: str) -> dict[str, tuple[int, int]]:
+    pattern = re.compile(_NODE.replace("KIND", kind), re.DOTALL)
+    matches = {node["id"]: pattern.fullmatch(node["label"]) for node in graph["nodes"] if node["kind"] == kind}
     return {id: (int(match[1]), int(match[2])) for id, match in matches.items() if match}
+
+
+def ablated_nodes(graph: Mapping[str, Any], text: str) -> list[str]:
+    """Return the ids in a text, separated by spaces, of nodes that the page can ablate; others are left out."""
+    known = {node["id"] for node in graph["nodes"] if node["kind"] in ABLATED}
+    return [id for id in dict.fromkeys(text.split()) if id in known][:MOST_ABLATED]
 
 
 def ablation_recipe(graph: Mapping[str, Any], id: str, tokenizer: harmony.Tokenizer | None) -> dict[str, Any] | None:
@@ -87,10 +114,18 @@ def ablation_recipe(graph: Mapping[str, Any], id: str, tokenizer: harmony.Tokeni
 
 
 def frame(
-    graph: Mapping[str, Any], name: str, theme: ThemeName = "light", view: Mapping[str, str] | None = None
+    graph: Mapping[str, Any],
+    name: str,
+    theme: ThemeName = "light",
+    view: Mapping[str, str] | None = None,
+    *,
+    ablates: bool = False,
 ) -> str:
-    """Return HTML of the frame with what `load` returned in it. view: what is chosen in it at first, see `VIEW`."""
-    text = html.escape(document(graph, name, theme, view), quote=True)
+    """Return HTML of the frame with what `load` returned in it.
+
+    view: what is chosen in it at first, see `VIEW`. ablates: whether the page that shows it can ablate nodes.
+    """
+    text = html.escape(document(graph, name, theme, view, ablates=ablates), quote=True)
     return (
         '<iframe title="attribution graph" sandbox="allow-scripts allow-downloads" allow="fullscreen" '
         f'style="width:100%;height:{HEIGHT}px;{BORDER}" srcdoc="{text}"></iframe>'
@@ -98,17 +133,25 @@ def frame(
 
 
 def document(
-    graph: Mapping[str, Any], name: str, theme: ThemeName = "light", view: Mapping[str, str] | None = None
+    graph: Mapping[str, Any],
+    name: str,
+    theme: ThemeName = "light",
+    view: Mapping[str, str] | None = None,
+    *,
+    ablates: bool = False,
 ) -> str:
-    """Return one HTML document that draws what `graph_data` returned and fetches nothing. view: see `frame`."""
-    data = json.dumps({**graph, "name": name, "theme": theme, "view": dict(view or {})}, separators=(",", ":"))
+    """Return an HTML document that draws what `graph_data` returned and fetches nothing; for options see `frame`."""
+    kinds = ABLATED if ablates else ()
+    more = {"name": name, "theme": theme, "view": dict(view or {}), "ablates": kinds, "most_ablated": MOST_ABLATED}
+    data = json.dumps({**graph, **more}, separators=(",", ":"))
     return _PAGE.read_text(encoding="utf-8").replace("__DATA__", data.replace("<", "\\u003c"))
 
 
 def graph_data(content: Any) -> dict[str, Any]:
     """Return what the page draws of a graph in circuit-tracer's format: tokens, nodes, edges and how it was made.
 
-    Pinned nodes and supernodes of the file are the first choice of the page.
+    Pinned nodes and supernodes of the file are the first choice of the page. An edge is (source, target, weight, the
+    influence that it carries).
 
     Nodes and edges beyond `MOST_NODES` and `MOST_EDGES` are left out, the weakest first; `left_out` states how many.
 
@@ -125,6 +168,8 @@ def graph_data(content: Any) -> dict[str, Any]:
         chosen = content.get("qParams") or {}
         pinned = [str(id) for id in chosen.get("pinnedIds") or ()]
         supernodes = [[str(part) for part in group] for group in chosen.get("supernodes") or () if len(group) > 1]
+        measured = {str(id): _number(value) for id, value in (info.get("measured") or {}).items()}
+        stored = _stored(info)
         about = {str(k): v for k, v in info.items() if isinstance(v, str | int | float) and not isinstance(v, bool)}
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(
@@ -134,8 +179,15 @@ def graph_data(content: Any) -> dict[str, Any]:
         ) from error
     shown = sorted(nodes, key=lambda node: (node["kind"] != "logit", -node["influence"]))[:MOST_NODES]
     known = {node["id"]: number for number, node in enumerate(shown)}
-    inside = [(known[s], known[t], w) for s, t, w in edges if s in known and t in known]
+    carried = _edge_influences(nodes, edges)
+    inside = [
+        (known[s], known[t], w, share)
+        for (s, t, w), share in zip(edges, carried, strict=True)
+        if {s, t} <= known.keys()
+    ]
     drawn = sorted(inside, key=lambda edge: -abs(edge[2]))[:MOST_EDGES]
+    names = {node["id"] for node in shown}
+    measured = {id: value for id, value in measured.items() if id in names}
     top = max((node["layer"] for node in shown if node["kind"] not in ("logit", "error")), default=0)
     for node in shown:
         node["layer"] = top + 1 if node["kind"] == "logit" else min(node["layer"], top + 1)
@@ -148,8 +200,35 @@ def graph_data(content: Any) -> dict[str, Any]:
         "scan": str(content["metadata"].get("scan") or ""),
         "pinned": pinned,
         "supernodes": supernodes,
+        "measured": measured,
+        "stored": stored,
         "left_out": [len(nodes) - len(shown), len(edges) - len(drawn)],
     }
+
+
+def _stored(info: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the token ids and the measured effect of several nodes at once, where the file has them in their form."""
+    stored: dict[str, Any] = {}
+    if (ids := info.get("tokens")) and all(type(token) is int for token in ids):
+        stored["tokens"] = list(ids)
+    if several := info.get("measured_together"):
+        nodes = [str(id) for id in several["nodes"]]
+        stored["measured_together"] = {"nodes": nodes, "value": _number(several["value"])}
+    return stored
+
+
+def _edge_influences(nodes: Sequence[Mapping[str, Any]], edges: Sequence[tuple[str, str, float]]) -> list[float]:
+    """Return the influence that each edge carries: of its target, times its share of what flows into the target.
+
+    The influence of a logit is 1. Of a graph whose nodes have no influence, the size of each edge is returned.
+    """
+    if not any(node["influence"] for node in nodes):
+        return [abs(weight) for _, _, weight in edges]
+    influence = {node["id"]: 1.0 if node["kind"] == "logit" else node["influence"] for node in nodes}
+    total = dict.fromkeys(influence, 0.0)
+    for _, target, weight in edges:
+        total[target] = total.get(target, 0.0) + abs(weight)
+    return [abs(w) / total[t] * influence.get(t, 0.0) if total[t] > 0 else 0.0 for _, t, w in edges]
 
 
 def _divide(nodes: Sequence[dict[str, Any]], total: float) -> None:

@@ -17,14 +17,14 @@ from jaxtyping import Float
 
 from workbench import registry
 from workbench.counting import count_of
-from workbench.dashboards import content, search, widgets
+from workbench.dashboards import content, feature_details, search, widgets
 from workbench.dashboards.example_lists import coloured_example, example, list_of
 from workbench.dashboards.session import Page, Session, box
 from workbench.harmony.labels import CHANNELS
 from workbench.runs import Run, feature_examples
 from workbench.runs.examples import sample_keys
 from workbench.studies import feature_examples as examples_study
-from workbench.studies import token_labels
+from workbench.studies import feature_labels, token_labels
 from workbench.studies.expert_examples import AFTER, BEFORE
 
 MOST_TOKENS = 300_000  # that are read
@@ -60,57 +60,122 @@ def features(session: Session) -> Page:
     name = widgets.select("Recorded features", known, session.choice.get("quantity", known))
     layers = {n: layers_of(run, n) for n in known}
     layer = widgets.select("Layer", layers[str(name.value)], session.choice.get("layer", layers[str(name.value)]))
+    find = pn.widgets.TextInput(
+        label="Find features", value=session.choice.text("words"), placeholder="label or token", width=widgets.WIDTH
+    )
     shown = box()
+    sections: list[_Section] = []  # the one that is shown
 
     def show(*_: Any) -> None:
-        session.put(quantity=str(name.value), layer=str(layer.value))
+        session.put(quantity=str(name.value), layer=str(layer.value), words=str(find.value))
         index = layers[str(name.value)].index(str(layer.value))
-        shown[:] = [widgets.guarded(lambda: _section(session, str(name.value), index))]
+        section = widgets.guarded(lambda: _Section(session, str(name.value), index))
+        sections[:] = [section] if isinstance(section, _Section) else []
+        shown[:] = [section.view if isinstance(section, _Section) else section]
 
     def other(*_: Any) -> None:
         layer.options = layers[str(name.value)]
         show()
 
+    def search_again(*_: Any) -> None:
+        session.put(words=str(find.value))
+        for section in sections:
+            section.search()
+
     show()
     name.param.watch(other, "value")
     layer.param.watch(show, "value")
+    find.param.watch(search_again, "value")
     question = f"<p class='wb-lead'>{escape(registry.find('feature-examples').question)}</p>"
-    return Page([name, layer], [widgets.html(content.about(run) + question), shown])
+    return Page([name, layer, find], [widgets.html(content.about(run) + question), shown])
 
 
-def _section(session: Session, name: str, index: int) -> pn.Column:
-    table = by_channel(session.run, name, index)
-    label = f"{session.name}-{name}"
-    parts: list[Any] = []
-    chosen = session.choice.get("feature", [str(feature) for feature in table["feature"]])
-    if chosen:
-        row = table[table["feature"] == int(chosen)].iloc[0]
-        layer = layers_of(session.run, name)[index]
-        about = {"Autoencoder": f"{name}, layer {layer}", "Largest value": f"{row['largest value']:.2f}"}
-        shares = {c.removesuffix(" (%)"): f"{row[c]:.2f} %" for c in table.columns if c.endswith("(%)")}
-        about["Tokens above zero"] = ", ".join(f"{label} {share}" for label, share in shares.items())
-        parts += [
-            widgets.html(f"<h2>Feature {escape(chosen)}</h2>{content.facts(about)}"),
-            _examples(session, name, index, int(chosen)),
+class _Section:
+    """One feature of a recorded quantity, and the table of all features that match the search."""
+
+    def __init__(self, session: Session, name: str, index: int) -> None:
+        self._session, self._name, self._index = session, name, index
+        self._table, self._layer = by_channel(session.run, name, index), layers_of(session.run, name)[index]
+        self._label, self._n_features = f"{session.name}-{name}", int(self._table.attrs["features"])
+        self._effects = feature_details.stored_effects(session, name, self._layer, self._n_features)
+        self._automatic = session.registry.automatic_feature_labels(session.name, name, index, session.exclude)
+        self._above, self._below = box(), box()  # the table is in one of them: above if it answers a search
+        every = self._described()
+        matches = feature_details.matching(every, session.choice.text("words"))
+        known = [str(feature) for feature in self._table["feature"]]
+        chosen = session.choice.get("feature", known, next((str(n) for n in matches["feature"]), None))
+        number = int(chosen) if chosen else None
+        ds = feature_details.shares(self._table, self._n_features)
+        density = widgets.deferred(lambda: feature_details.density_figure(session, ds, self._label, number))
+        parts = [] if number is None else self._feature(every[every["feature"] == number].iloc[0])
+        self.search()
+        parts = [self._above, *parts, self._below, density, widgets.html(self._method())]
+        self.view = pn.Column(*parts, sizing_mode="stretch_width")
+
+    def _described(self) -> pd.DataFrame:
+        """Return the table of all features with their labels as they are now."""
+        own, place = feature_labels.read(self._session.run), (self._name, int(self._layer))
+        labels = {feature: text for (name, layer, feature), text in own.items() if (name, layer) == place}
+        return feature_details.described(self._table, labels, self._automatic, self._effects)
+
+    def _feature(self, row: "pd.Series[Any]") -> list[Any]:
+        """Return what is shown of the feature in a row of the table."""
+        session, name, index, feature = self._session, self._name, self._index, int(row["feature"])
+        about = {"Autoencoder": f"{name}, layer {self._layer}", "Largest activation": f"{row['largest value']:.2f}"}
+        densities = {c.removesuffix(" (%)"): f"{row[c]:.3g} %" for c in self._table.columns if c.endswith("(%)")}
+        about["Density (tokens above zero)"] = ", ".join(f"{channel} {share}" for channel, share in densities.items())
+        heading = f"Feature {feature}" + (f": {row['label']}" if row["label"] else "")
+        text = self._automatic[feature] if feature < len(self._automatic) else ""
+        return [
+            widgets.html(f"<h2>{escape(heading)}</h2>{content.facts(about)}"),
+            feature_details.label_editor(session, name, self._layer, feature, text),
+            widgets.beside(
+                feature_details.logit_effects(session, self._effects, feature),
+                widgets.deferred(
+                    lambda: feature_details.activations_figure(session, name, index, feature, MOST_TOKENS)
+                ),
+            ),
+            _examples(session, name, index, feature),
         ]
-    rows = table.head(MOST_ROWS)
+
+    def search(self) -> None:
+        """Show the features that match the search: above everything else if there is one."""
+        words = self._session.choice.text("words")
+        matches = feature_details.matching(self._described(), words)
+        table = _features_table(self._session, matches, len(self._table), self._n_features, self._label)
+        self._above[:], self._below[:] = ([table], []) if words else ([], [table])
+
+    def _method(self) -> str:
+        pooled = "all tokens" if _has_lists(self._session.run, self._name) else f"the first {MOST_TOKENS:,} tokens"
+        method = (
+            f"A feature is active at a token if its activation is above zero. Densities are pooled over {pooled} and "
+            "not tested. An automatic label is made of the tokens of a feature's largest activations. To compare "
+            "labels of tokens with controls: "
+        )
+        return f"<p class='wb-muted'>{escape(method)}<code>workbench study label-probes</code></p>"
+
+
+def _features_table(session: Session, matches: pd.DataFrame, n_active: int, n_features: int, label: str) -> Any:
+    """Return the table of the features that match the search, each with a link to its examples."""
+    words, rows = session.choice.text("words"), matches.head(MOST_ROWS).round(3)
+    if rows.empty:
+        text = f"No label or token of the {count_of(n_active, 'active feature')} contains {words!r}. Find another one."
+        return widgets.empty_state("No matching features", text)
     links = [session.link("features", feature=str(feature)) for feature in rows["feature"]]
+    among = f" with a label or token that contains {words!r}" if words else ""
     note = (
-        f"Tokens with a value above zero, in % of the tokens of a channel; {len(rows):,} of "
-        f"{count_of(len(table), 'feature')}, "
-        "sorted by the difference between analysis and final"
+        f"Density: tokens with an activation above zero, in % of the tokens of a channel; {len(rows):,} of "
+        f"{count_of(len(matches), 'feature')}{among}, sorted by the difference between analysis and final; "
+        f"{n_features - n_active:,} of {n_features:,} features are never active"
     )
-    parts.append(widgets.table("Features by channel", rows, f"{label}-features", {"feature": links}, note=note))
-    pooled = "all tokens" if _has_lists(session.run, name) else f"the first {MOST_TOKENS:,} tokens"
-    method = f"Pooled over {pooled} and not tested. To compare labels with controls: "
-    method = f"<p class='wb-muted'>{escape(method)}<code>workbench study label-probes</code></p>"
-    return pn.Column(*parts, widgets.html(method), sizing_mode="stretch_width")
+    return widgets.table("Features by channel", rows, f"{label}-features", {"feature": links}, note=note)
 
 
 def by_channel(run: Run, name: str, index: int) -> pd.DataFrame:
-    """Return a row for each feature: tokens that have it (%), in all content and by channel, and its largest value.
+    """Return a row for each active feature: tokens that have it (%), in all content and by channel, and largest value.
 
-    index: of the layer among those recorded. The largest difference between analysis and final comes first.
+    index: of the layer among those recorded. The attribute `features` has the number of all. The largest difference
+    between analysis and final comes first.
     """
     if _has_lists(run, name):
         lists = feature_examples.of_run(run, name)
@@ -150,8 +215,10 @@ def _table(counts: Mapping[str, Any], totals: Mapping[str, int], largest: Any) -
     }
     table = pd.DataFrame(columns)
     order = np.abs(of["analysis"] - of["final"]) if {"analysis", "final"} <= set(of) else table["all content (%)"]
-    table = table.iloc[np.argsort(-np.asarray(order), kind="stable")].round(2)
-    return table[table["largest value"] > 0].reset_index(drop=True)
+    table = table.iloc[np.argsort(-np.asarray(order), kind="stable")]
+    table = table[table["largest value"] > 0].reset_index(drop=True)
+    table.attrs["features"] = len(largest)
+    return table
 
 
 def examples(

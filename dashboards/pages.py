@@ -18,11 +18,12 @@ from workbench.dashboards.conversation_page import transcript
 from workbench.dashboards.expert_sections import expert_gallery
 from workbench.dashboards.features_page import features
 from workbench.dashboards.features_page import names as feature_names
+from workbench.dashboards.graph_page import graph
 from workbench.dashboards.heatmap_pages import experts, sinks
 from workbench.dashboards.neurons_page import neurons
 from workbench.dashboards.overview import overview
 from workbench.dashboards.partner_runs import chosen_partner, partners, sentence
-from workbench.dashboards.results_pages import causal, graph
+from workbench.dashboards.results_pages import causal
 from workbench.dashboards.session import Page, Selectors, Session, box, missing_record, study
 from workbench.errors import InputError
 from workbench.figures import effort as draw_effort

@@ -1,11 +1,9 @@
-"""The pages of what is stored beside a run: effects of experiments, and attribution graphs."""
+"""The page of what is stored beside a run: effects of experiments; attribution graphs have a page of their own."""
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from html import escape
 from typing import Any
-from urllib.parse import urlencode
 
 import numpy as np
 import pandas as pd
@@ -14,9 +12,8 @@ import xarray as xr
 
 from workbench import registry
 from workbench.counting import signed
-from workbench.dashboards import attribution_graph, content, search, theme, widgets
+from workbench.dashboards import content, theme, widgets
 from workbench.dashboards.figure_labels import figure_names
-from workbench.dashboards.frame_view import view_input
 from workbench.dashboards.session import Page, Session, box
 from workbench.dashboards.stored_results import StoredResults
 from workbench.errors import InputError
@@ -35,14 +32,13 @@ _MEASURE_UNITS = {
     "tokens before divergence": "share of tokens",
     "routing flips": "share of routed slots",
 }
-_OF_ONE_GRAPH = ("pins", "groups", "labels", "subgraph", "node")  # another graph has other nodes
 _STACKED = 3  # figures of an experiment that are shown below each other
 
 
 def causal(session: Session) -> Page:
     """Return the page of experiments whose results are stored beside the run: effects, intervals and null."""
     stored = session.registry.stored(session.name)
-    notes = _notes(stored)
+    notes = unreadable_notes(stored)
     if not stored.experiments:
         return Page([], [*_how_to_store(session), *notes])
     titles = {registry.find(name).title: name for name in stored.experiments}
@@ -208,74 +204,6 @@ def _numbers(ds: xr.Dataset, title: str, name: str) -> Iterator[Any]:
         yield widgets.table(heading, texts, f"{name}-{axes}", collapsed=True)
 
 
-def graph(session: Session) -> Page:
-    """Return the page of attribution graphs that are stored beside the run."""
-    stored = session.registry.stored(session.name)
-    if not stored.graphs:
-        command = f"workbench graph MODEL --prompt TEXT --out {session.name}-graph.json"
-        text = (
-            "An attribution graph shows which tokens, heads and experts made the model give a token. Make one in the "
-            "folder that holds the run, and open this page again:"
-        )
-        return Page([], [widgets.empty_state("No attribution graph beside this run", text, command), *_notes(stored)])
-    names = list(stored.graphs)
-    pick = widgets.select("Graph", names, session.choice.get("graph", names))
-    shown, linked = box(), box()
-    drawn: dict[str, Any] = {}  # the graph that is shown
-
-    def describe(chosen: Mapping[str, str]) -> None:
-        linked[:] = [widgets.html(_about_graph(session, drawn, chosen.get("node", "")))]
-
-    view = view_input(session, attribution_graph.VIEW, describe)
-
-    def show(*_: Any) -> None:
-        before = session.choice.text("graph")
-        if before != str(pick.value):
-            session.put(graph=str(pick.value), **(dict.fromkeys(_OF_ONE_GRAPH, "") if before else {}))
-        chosen = {name: session.choice.text(name) for name in attribution_graph.VIEW if session.choice.text(name)}
-
-        def body() -> Any:
-            path = stored.graphs[str(pick.value)]
-            graph = attribution_graph.load(path)
-            drawn.update(graph)
-            text = attribution_graph.frame(graph, path.stem, session.theme, chosen)
-            return pn.pane.HTML(text, height=attribution_graph.HEIGHT + 10, sizing_mode="stretch_width")
-
-        drawn.clear()
-        shown[:] = [widgets.guarded(body)]
-        describe(chosen)
-
-    show()
-    pick.param.watch(show, "value")
-    return Page([pick], [linked, shown, view, *_notes(stored)])
-
-
-def _about_graph(session: Session, graph: Mapping[str, Any], node: str) -> str:
-    """Return HTML of the page's question and, where the node is an expert, links to its page and to its ablation.
-
-    graph: what `attribution_graph.load` returned; empty if it could not be read.
-    """
-    expert = attribution_graph.experts_by_node(graph).get(node) if graph else None
-    target = graph["about"].get("target") if graph else None
-    token = f"the token <b>{escape(repr(str(target)))}</b>" if target is not None else "this token"
-    text = f"Why did the model predict {token}? Each node is an embedding, a head or a routed expert at a token."
-    hint = "Choose the node of an expert to open its page."
-    if expert is not None:
-        layer, number = map(str, expert)
-        view = dict.fromkeys(attribution_graph.VIEW, "")
-        address = escape(session.link("experts", layer=layer, expert=number, **view))
-        hint = f"<a href='{address}'>Load, examples and effects of layer {layer}, expert {number}</a>"
-        words, model = search.vocabulary(session.run), session.registry.served_model
-        recipe = attribution_graph.ablation_recipe(graph, node, words)
-        if recipe is not None and model:
-            values = {"theme": "dark"} if session.theme == "dark" else {}
-            query = urlencode(values | {"recipe": json.dumps(recipe | {"model": model}, ensure_ascii=False)})
-            hint += (
-                f" · <a href='{escape(session.address('live', query))}'>Forbid it at this token on the page Live</a>"
-            )
-    return f"<p>{text} <span class='wb-muted'>{hint}</span></p>"
-
-
 def _how_to_store(session: Session) -> list[Any]:
     """Return how to run an experiment, and a table of those that there are."""
     model = session.registry.model(session.name) or "MODEL"
@@ -291,8 +219,8 @@ def _how_to_store(session: Session) -> list[Any]:
     ]
 
 
-def _notes(stored: StoredResults) -> list[Any]:
-    """Return what could not be shown of the files beside the run."""
+def unreadable_notes(stored: StoredResults) -> list[Any]:
+    """Return notes on what could not be shown of the files beside the run."""
     notes = [theme.note(f"{name} could not be read: {why}", "warning") for name, why in stored.unreadable.items()]
     if stored.omitted:
         notes.append(theme.note(f"{stored.omitted:,} further JSON files beside the run were not read.", "warning"))

@@ -20,7 +20,7 @@ from workbench.errors import InputError
 from workbench.registry import studies
 from workbench.runs import Run, open_run
 from workbench.runs.storage import LocalStorage, storage_at
-from workbench.studies import effort, expert_labels
+from workbench.studies import effort, expert_labels, feature_labels
 from workbench.studies.comparison import EFFORTS
 from workbench.studies.specialization import together
 
@@ -56,6 +56,8 @@ class Selection:
         "experiment",
         "graph",
         "threshold",
+        "edges",
+        "ablated",
         "pins",
         "groups",
         "labels",
@@ -65,6 +67,7 @@ class Selection:
         "neuron",
         "feature",
         "quantity",
+        "words",
     )
 
     def __init__(self, query: Mapping[str, str]) -> None:
@@ -191,6 +194,27 @@ class RunRegistry:
         path = str(self._paths[name])
         return partial(self.jobs.attention, path, run.content_digest, self.model(name), sequence, layers)
 
+    def graph_ablation(self, name: str, graph: Path, nodes: Sequence[str]) -> Callable[[], Answer]:
+        """Return a function that asks for the measured effects of ablating nodes of a graph beside a run."""
+        return partial(self.jobs.graph_ablation, graph, self.model(name), list(nodes))
+
+    def automatic_feature_labels(self, name: str, quantity: str, index: int, exclude: str = "") -> list[str]:
+        """Return the automatic label of each feature of a recorded quantity, see `feature_labels.automatic`."""
+        run = self.run(name, exclude)
+        key = ("feature-labels", name, exclude, quantity, str(index))
+        labels: list[str] = self._once(key, run.content_digest, lambda: feature_labels.automatic(run, quantity, index))
+        return labels
+
+    def put_feature_label(self, name: str, quantity: str, layer: int, feature: int, label: str) -> Path:
+        """Write the label of a feature into the file beside the run, and return its path.
+
+        Raises:
+            InputError: labels cannot be changed here, or the file of labels is damaged.
+        """
+        self._check_editable()
+        with self._lock:
+            return feature_labels.put(self.run(name), quantity, layer, feature, label)
+
     def put_label(self, name: str, examples: xr.Dataset, layer: int, expert: int, label: str) -> Path:
         """Write the label of an expert into the file beside the run, and return its path.
 
@@ -199,11 +223,7 @@ class RunRegistry:
         Raises:
             InputError: labels cannot be changed here, or the file of labels is damaged.
         """
-        if not self.editable:
-            raise InputError(
-                "labels cannot be changed here: the dashboard can be reached from other machines; "
-                "start it on 127.0.0.1 to edit labels"
-            )
+        self._check_editable()
         with self._lock:  # two sessions do not lose each other's labels
             run = self.run(name)
             labels = expert_labels.read(run)
@@ -215,6 +235,13 @@ class RunRegistry:
                 own = (rows["layer"] == layer) & (rows["expert"] == expert)
             rows.loc[own, "label"] = label
             return expert_labels.write(run, rows)
+
+    def _check_editable(self) -> None:
+        if not self.editable:
+            raise InputError(
+                "labels cannot be changed here: the dashboard can be reached from other machines; "
+                "start it on 127.0.0.1 to edit labels"
+            )
 
     def costs(self, name: str, exclude: str = "") -> dict[str, xr.Dataset]:
         """Return accuracy and reasoning length by effort from the tables alone; empty with fewer than two efforts."""

@@ -26,7 +26,7 @@ import xarray as xr
 
 import workbench
 from workbench import registry
-from workbench.bounded_json import parse_json
+from workbench.bounded_json import parse_json, read_json
 from workbench.child_processes import python
 from workbench.errors import InputError
 from workbench.runs import attention_file
@@ -87,6 +87,16 @@ class StudyJobs:
         """
         name = f"attention-{hashlib.sha256(model.encode()).hexdigest()[:8]}-{sequence}-{layers or 'all'}.npz"
         return self._state((name, digest), partial(self._attention, path, digest, model, sequence, layers, name))
+
+    def graph_ablation(self, graph: Path, model: str, nodes: Sequence[str]) -> Answer:
+        """Return the state of ablations of a graph's nodes, and start `workbench graph-ablation` if needed.
+
+        The dataset `ablation` has `measured` [node], and the attribute `together`, in logits.
+        """
+        digest = hashlib.sha256(graph.read_bytes()).hexdigest()[:32]
+        asked = hashlib.sha256("\n".join([model, *nodes]).encode()).hexdigest()[:16]
+        name = f"graph-ablation-{asked}.json"
+        return self._state((name, digest), partial(self._graph_ablation, graph, digest, model, list(nodes), name))
 
     def _state(self, key: tuple[str, str], make: Callable[[], dict[str, xr.Dataset]]) -> Answer:
         """Return the state of a piece of work, and start it if needed."""
@@ -177,6 +187,24 @@ class StudyJobs:
                 os.replace(out, cached)
         os.utime(cached.parent)
         return {"attention": attention_file.read(cached)}
+
+    def _graph_ablation(
+        self, graph: Path, digest: str, model: str, nodes: list[str], name: str
+    ) -> dict[str, xr.Dataset]:
+        cached = self._folder / f"{digest}-{_code()}" / name
+        if not cached.exists():
+            cached.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with tempfile.TemporaryDirectory(dir=cached.parent) as made:
+                out = f"{made}/out.json"
+                chosen = [word for node in nodes for word in ("--node", node)]
+                command = ("-m", "workbench.cli", "graph-ablation", "--model", model, "--out", out, *chosen, "--")
+                self._run(*command, str(graph))
+                os.replace(out, cached)
+        os.utime(cached.parent)
+        info = read_json(cached)["metadata"]["info"]
+        values = [info["measured"][node] for node in nodes]
+        together = float(info["measured_together"]["value"])
+        return {"ablation": xr.Dataset({"measured": ("node", values)}, {"node": nodes}, {"together": together})}
 
 
 def cache_folder() -> Path:

@@ -9,6 +9,7 @@ import torch
 
 import workbench as wb
 from tests.conftest import DATA
+from workbench.experiments import graph_export
 from workbench.research.recipe import Recipe
 
 PROMPTS = (DATA / "prompts.jsonl").read_text().splitlines()[:6]
@@ -43,6 +44,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "recipe.json").write_text(Recipe(user="2+2=", max_new_tokens=2).to_json())
     record = ["routing", "sinks", "logprobs", "resid_post:1"]
     model = wb.load("nano", dtype=torch.float32)
+    graph_export.write_json(model, wb.experiments.graph(model, "2+2=", max_nodes=30), folder / "graph.json")
     wb.capture(model, folder / "transcripts.jsonl", folder / "run.zarr", record=record, unit_tokens=1024)
     (folder / "run.zarr.log").unlink()
     return folder

@@ -34,7 +34,7 @@ OPTIONS = option_names()
 OUTPUT_OPTIONS = {f"--{name}" for _, name in OUTPUTS} | {"--json"}
 QUICK = [command for command in COMMANDS if command not in SLOW]
 # inputs that the commands are given, and what is put in their place
-INPUTS = ("prompts.jsonl", "transcripts.jsonl", "run.zarr", "recipe.json")
+INPUTS = ("prompts.jsonl", "transcripts.jsonl", "run.zarr", "recipe.json", "graph.json")
 WRONG = ("missing", "folder", "empty", "binary", "pipe", "loop", "/dev/zero")
 # `verify` lists what is wrong on standard output and ends with 1
 REPORTS = {"verify"}

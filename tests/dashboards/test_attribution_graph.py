@@ -49,9 +49,24 @@ def test_nodes_come_by_influence_and_edges_by_weight() -> None:
     assert [node["kind"] for node in drawn["nodes"]] == ["logit", "expert", "head", "embedding", "error"]
     assert [node["layer"] for node in drawn["nodes"]] == [2, 0, 1, -1, 2], "the logit above the last layer"
     ids = [node["id"] for node in drawn["nodes"]]
-    source, target, weight = drawn["edges"][0]
+    source, target, weight, _ = drawn["edges"][0]
     assert (ids[source], ids[target], weight) == ("0_9_1", "1_2_1", -2.0)
     assert drawn["left_out"] == [0, 0]
+
+
+def test_an_edge_carries_its_share_of_the_influence_of_its_target() -> None:
+    """The logit has the influence 1, of which 1.0 / 1.1 comes from the head and the rest from the error."""
+    drawn = attribution_graph.graph_data(graph())
+    ids = [node["id"] for node in drawn["nodes"]]
+    carried = {(ids[s], ids[t]): influence for s, t, _, influence in drawn["edges"]}
+    wanted = {("E_1_0", "0_9_1"): 0.5, ("0_9_1", "1_2_1"): 0.3}
+    wanted |= {("1_2_1", "3_7_1"): 1 / 1.1, ("2_-1_1", "3_7_1"): 0.1 / 1.1}
+    assert carried == pytest.approx(wanted)
+    content = graph()
+    for node in content["nodes"]:
+        node["influence"] = None
+    without = attribution_graph.graph_data(content)["edges"]
+    assert [edge[3] for edge in without] == [abs(edge[2]) for edge in without], "negative control: the size alone"
 
 
 def test_the_influence_in_the_format_is_cumulative() -> None:
@@ -76,6 +91,22 @@ def test_what_is_left_out_of_a_large_graph_is_counted(monkeypatch: pytest.Monkey
     drawn = attribution_graph.graph_data(graph())
     assert [node["id"] for node in drawn["nodes"]] == ["3_7_1", "0_9_1", "1_2_1"]
     assert drawn["left_out"] == [2, 3]
+
+
+def test_measured_effects_of_a_file_are_those_of_its_nodes() -> None:
+    content = graph()
+    together = {"nodes": ["0_9_1", "1_2_1"], "value": 0.7}
+    content["metadata"]["info"] |= {"tokens": [3, 4], "measured": {"1_2_1": 0.25, "gone": 1.0}}
+    content["metadata"]["info"]["measured_together"] = together
+    drawn = attribution_graph.graph_data(content)
+    assert drawn["measured"] == {"1_2_1": 0.25}
+    assert drawn["stored"] == {"tokens": [3, 4], "measured_together": together}
+    assert attribution_graph.graph_data(graph())["stored"] == {}, "negative control: a file without them"
+    for damage in ({"measured": {"1_2_1": float("nan")}}, {"tokens": 3}, {"measured_together": {"nodes": []}}):
+        damaged = graph()
+        damaged["metadata"]["info"] |= damage
+        with pytest.raises(InputError, match="not an attribution graph"):
+            attribution_graph.graph_data(damaged)
 
 
 @pytest.mark.parametrize(

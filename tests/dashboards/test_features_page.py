@@ -1,22 +1,31 @@
 """The features page: frequencies by channel and the strongest tokens are those of a loop over the record."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import xarray as xr
+from typer.testing import CliRunner
 
 import workbench as wb
 from tests.capture.test_feature_lists import HOOK, write_sae
-from workbench.dashboards import features_page
+from tests.dashboards.browsing import Browser, expect, serve, stop
+from tests.dashboards.browsing import Session as Browsing
+from workbench.cli import app
+from workbench.dashboards import feature_details, features_page
 from workbench.dashboards.pages import absent_pages, made
 from workbench.dashboards.session import Session
 from workbench.dashboards.state import RunRegistry, Selection
+from workbench.errors import InputError
+from workbench.experiments import expert_logits
+from workbench.figures import feature_examples as figures
 from workbench.harmony.labels import CHANNELS
 from workbench.hooks.sae import load_sae
-from workbench.runs import Run
-from workbench.studies import feature_examples
+from workbench.runs import Run, conversations
+from workbench.studies import feature_examples, feature_labels
 
 PROMPTS = [
     [
@@ -26,6 +35,12 @@ PROMPTS = [
     ]
     for a, b in ((2, 3), (4, 5), (6, 1))
 ]
+
+
+def channel_names(data: xr.Dataset) -> np.ndarray:
+    """The channel of each token as text."""
+    channel = data["channel"].values
+    return channel.astype(str) if channel.dtype.kind in "OU" else np.array(CHANNELS)[channel]
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +80,116 @@ def test_lists_of_examples_are_shown_as_the_record_of_every_token_is(listed: Run
     session.registry.jobs.close()
 
 
+def test_densities_and_activations_of_lists_are_those_of_every_token(listed: Run) -> None:
+    table = features_page.by_channel(listed, HOOK, 0)
+    n = int(table.attrs["features"])
+    assert len(table) <= n == 24
+    ds = feature_details.shares(table, n)
+    feature = int(table.loc[table["all content (%)"].idxmin(), "feature"])
+    data = listed.dataset[["sae_features", "channel"]].compute()
+    values, channel = data["sae_features"].sel(layer=2).values.reshape(-1, 24)[:, feature], channel_names(data)
+    for name in ds["channel"].values.tolist():
+        own = values[channel == name]
+        assert float(ds["share"].sel(feature=feature, channel=name)) == pytest.approx((own > 0).mean(), abs=1e-6)
+    sampled, weights, is_sample = feature_details.activations(listed, HOOK, 0, feature, 10**6)
+    every, ones, complete = feature_details.activations(listed, "sae_features", 0, feature, 10**6)
+    assert (is_sample, complete) == (True, False)
+    content = values[channel != "frame"]
+    np.testing.assert_allclose(np.sort(every), np.sort(content[content > 0]), rtol=1e-3)
+    assert weights.sum() == pytest.approx(ones.sum()), "the sample stands for all tokens that have the feature"
+    assert np.isin(np.round(sampled, 2), np.round(every, 2)).mean() > 0.9
+    other = feature_details.activations(listed, "sae_features", 0, int(table["feature"].iloc[0]), 10**6)[0]
+    assert len(other) != len(every) or not np.allclose(other, every), "negative control: another feature"
+
+
+def test_histograms_count_every_feature_and_token_once() -> None:
+    share = np.array([[0.1, 0.01, 0.0, 0.5], [0.2, 0.0, 0.0, 0.001]])
+    coords = {"channel": ["analysis", "final"], "feature": np.arange(4)}
+    ds = xr.Dataset({"share": (("channel", "feature"), share)}, coords)
+    drawn = figures.density_histogram(ds, chosen=3)
+    counts = {trace.name: sum(trace.y[1:-1:2]) for trace in drawn.data}
+    assert counts == {"analysis": 3, "final": 2}
+    assert (
+        "4 features; 1 never active in analysis; 2 never active in final; dotted: feature 3"
+        in drawn.layout.title.subtitle.text
+    )
+    assert [line.x0 for line in drawn.layout.shapes] == [0.5, 0.001]
+    bars = figures.activation_histogram(np.array([1.0, 2.0, 2.0]), np.array([1.0, 4.0, 4.0]), feature=3, sampled=True)
+    assert np.nansum(bars.data[0].y) == 9, "each value stands for as many tokens as its weight"
+    assert "random sample of 3 of 9 active tokens" in bars.layout.title.subtitle.text
+    none = figures.activation_histogram(np.empty(0), np.empty(0), feature=3, sampled=False)
+    assert np.nansum(none.data[0].y) == 0, "negative control: a feature that is never active"
+    figures.density_histogram(ds.isel(feature=[2]))  # none is active
+
+
+def test_automatic_labels_are_the_strongest_tokens(listed: Run) -> None:
+    labels, same = (feature_labels.automatic(listed, name) for name in (HOOK, "sae_features"))
+    data = listed.dataset[["sae_features", "channel", "id"]].compute()
+    outside = channel_names(data) == "frame"
+    words = conversations.tokenizer(listed, None)
+    for feature in range(24):
+        own = np.where(outside, 0, data["sae_features"].sel(layer=2).values.reshape(-1, 24)[:, feature])
+        best = words.decode([int(data["id"].values[own.argmax()])]) if own.max() > 0 else None
+        assert labels[feature].startswith(repr(best)) if best is not None else labels[feature] == ""
+        assert same[feature].split(" ")[0] == labels[feature].split(" ")[0]
+    assert len(set(labels)) > 3, "negative control: features differ"
+
+
+def test_a_label_of_a_person_is_stored_shown_and_found(listed: Run) -> None:
+    table = features_page.by_channel(listed, HOOK, 0)
+    feature = int(table["feature"].iloc[2])
+    assert feature_labels.read(listed) == {}
+    registry = RunRegistry([Path(listed.path)])
+    path = registry.put_feature_label(registry.names[0], HOOK, 2, feature, "carry\n digit <b>")
+    assert path.name == "run.zarr.feature-labels.jsonl"
+    assert feature_labels.read(listed) == {(HOOK, 2, feature): "carry digit <b>"}
+    every = feature_details.described(table, {feature: "carry digit <b>"}, feature_labels.automatic(listed, HOOK), None)
+    assert feature_details.matching(every, "CARRY")["feature"].tolist() == [feature]
+    assert feature in feature_details.matching(every, str(feature))["feature"].tolist()
+    assert len(feature_details.matching(every, " ")) == len(every)
+    assert feature_details.matching(every, "no such label").empty, "negative control"
+    path.write_text('{"name": "x"}\n')
+    with pytest.raises(InputError, match=r"line 1: expected an object"):
+        feature_labels.read(listed)
+    with pytest.raises(InputError):
+        registry.put_feature_label(registry.names[0], HOOK, 2, feature, "other")
+    assert path.read_text() == '{"name": "x"}\n', "a file that holds something else is left as it is"
+    path.unlink()
+    registry.put_feature_label(registry.names[0], HOOK, 2, feature, "")
+    assert feature_labels.read(listed) == {}
+    path.unlink()
+    closed = RunRegistry([Path(listed.path)], editable=False)
+    with pytest.raises(InputError, match="cannot be changed here"):
+        closed.put_feature_label(closed.names[0], HOOK, 2, feature, "x")
+    for one in (registry, closed):
+        one.jobs.close()
+
+
+def test_direct_effects_are_shown_once_they_are_stored_for_the_autoencoder(listed: Run, tmp_path: Path) -> None:
+    session = Session(RunRegistry([Path(listed.path)]), Selection({}), lambda: None)
+    assert feature_details.stored_effects(session, HOOK, "2", 24) is None
+    missing = feature_details.logit_effects(session, None, 3)
+    assert "--option sae=FOLDER" in str(missing.object)
+    folder = Path(listed.path).parent
+    arguments = ["study", "expert-logits", str(listed.path), "--model", "nano", "--sequences", "2"]
+    arguments += ["--out", str(folder / "logits"), "--option", f"sae={folder / 'sae'}"]
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 0, done.output
+    effects = feature_details.stored_effects(session, HOOK, "2", 24)
+    assert effects is not None
+    model = wb.load("nano", dtype=torch.float32, device="cpu")
+    wanted = expert_logits.feature_logits(model, load_sae(folder / "sae"))
+    np.testing.assert_allclose(effects["top_logit"], wanted["top_logit"], atol=0.05)
+    table = features_page.by_channel(listed, HOOK, 0)
+    shown = feature_details.described(table, {}, [""] * 24, effects)
+    first = int(table["feature"].iloc[0])
+    assert shown["raises"].iloc[0].startswith(repr(str(effects["top_text"].values[first, 0])))
+    assert feature_details.stored_effects(session, "sae_features", "2", 24) is not None
+    assert feature_details.stored_effects(session, "sae_features", "1", 24) is None, "negative control: another layer"
+    assert feature_details.stored_effects(session, HOOK, "2", 23) is None, "negative control: another autoencoder"
+    session.registry.jobs.close()
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     folder = tmp_path_factory.mktemp("features")
@@ -87,8 +212,7 @@ def test_frequencies_are_those_of_the_record(run: Run, demo_run: Path) -> None:
     data = run.dataset[["sae_features", "channel"]].compute()
     values = data["sae_features"].sel(layer=2).values if "layer" in data["sae_features"].dims else None
     values = data["sae_features"].values[-1] if values is None else values
-    channel = data["channel"].values.astype(str)
-    channel = channel if channel[0] in CHANNELS else np.array(CHANNELS)[data["channel"].values]
+    channel = channel_names(data)
     for feature in table.index:
         share = 100 * (values[channel == "analysis", feature] > 0).mean()
         assert table.loc[feature, "analysis (%)"] == pytest.approx(share, abs=0.01)
@@ -129,3 +253,32 @@ def test_the_random_sample_is_of_tokens_that_have_the_feature(run: Run) -> None:
     assert sampled == features_page.examples(run, "sae_features", 0, 3, "random"), "the same sample again"
     top = features_page.examples(run, "sae_features", 0, 3)
     assert {row["position"] for row in sampled} != {row["position"] for row in top}, "negative control: the largest"
+
+
+def test_a_feature_is_found_by_its_label_in_the_browser(listed: Run, browser: Browser) -> None:
+    """The label is saved on the page; the search for it shows this feature alone, and its link reopens the search."""
+    feature = int(features_page.by_channel(listed, HOOK, 0)["feature"].iloc[1])
+    server, url = serve(str(listed.path))
+    try:
+        session = Browsing(browser, f"{url}/features?feature={feature}")
+        page = session.page
+        expect(page.get_by_role("heading", name=re.compile(f"Feature {feature}: "))).to_be_visible()
+        expect(page.get_by_text("Activation density of features")).to_be_visible()
+        expect(page.get_by_text(f"Activations of feature {feature}")).to_be_visible()
+        page.get_by_label("Label of this feature").fill("carry digit")
+        page.get_by_role("button", name="Save label").click()
+        expect(page.get_by_text("Saved in run.zarr.feature-labels.jsonl")).to_be_visible()
+        page.get_by_label("Find features").fill("Carry")
+        page.get_by_label("Find features").press("Enter")
+        expect(page.get_by_text("1 of 1 feature with a label or token that contains 'Carry'")).to_be_visible()
+        page.wait_for_url(re.compile("words=Carry"))
+        again = Browsing(browser, page.url)
+        expect(again.page.get_by_text("1 of 1 feature with a label or token that contains 'Carry'")).to_be_visible()
+        expect(again.page.get_by_role("heading", name=f"Feature {feature}: carry digit")).to_be_visible()
+        again.page.get_by_label("Find features").fill("no such label")
+        again.page.get_by_label("Find features").press("Enter")
+        expect(again.page.get_by_role("heading", name="No matching features")).to_be_visible()
+        assert session.errors == session.foreign == again.errors == []
+    finally:
+        stop(server)
+        feature_labels.path_of(listed).unlink(missing_ok=True)

@@ -1,15 +1,20 @@
 """The direct effects of an expert are those of its own writes, and ablations are those of `forbid`."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 import workbench as wb
+from tests.capture.test_feature_lists import write_sae
 from tests.conftest import DATA
 from workbench.errors import InputError
 from workbench.experiments import expert_logits
 from workbench.experiments.from_run import transcripts
 from workbench.figures import expert_logits as figures
+from workbench.hooks.sae import SAE, load_sae
 from workbench.model.transformer import GptOss
 
 
@@ -44,6 +49,31 @@ def test_direct_effects_are_those_of_each_token(model: GptOss) -> None:
     assert cell["top_text"].values[0] == model.tokenizer.decode([int(cell["top_token"][0])])
     with pytest.raises(InputError, match="at least one sequence"):
         expert_logits.load(model, [])
+
+
+def test_direct_effects_of_features_are_those_of_the_decoder_in_the_final_stream(model: GptOss, tmp_path: Path) -> None:
+    """A loop over features in float64; the stream is the decoder row, whose norm's scale is 1."""
+    sae = load_sae(write_sae(tmp_path / "sae", model.cfg.d_model, d_sae=6))
+    ds = expert_logits.feature_logits(model, sae, n=4)
+    for feature in range(6):
+        normed = sae.W_dec[feature].double() * model.ln_final.weight.double()
+        effect = model.unembed.weight.double() @ normed
+        effect = effect - effect.mean()
+        cell = ds.sel(feature=feature)
+        assert cell["top_token"].values.tolist() == effect.topk(4).indices.tolist()
+        np.testing.assert_allclose(cell["top_logit"], effect.topk(4).values, rtol=1e-4)
+        np.testing.assert_allclose(cell["bottom_logit"], effect.topk(4, largest=False).values, rtol=1e-4)
+        without_norm = model.unembed.weight.double() @ sae.W_dec[feature].double()
+        without_norm -= without_norm.mean()
+        assert not np.allclose(cell["top_logit"], without_norm.topk(4).values, rtol=1e-3), "negative control: no norm"
+    assert cell["top_text"].values[0] == model.tokenizer.decode([int(cell["top_token"][0])])
+    scaled = SAE(replace(sae.cfg, rescale_acts_by_decoder_norm=True), dict(sae.named_parameters()))
+    length = sae.W_dec.norm(dim=-1).numpy()
+    own = expert_logits.feature_logits(model, scaled, n=4)["top_logit"]
+    np.testing.assert_allclose(own, ds["top_logit"] / length[:, None], rtol=1e-4)
+    narrow = load_sae(write_sae(tmp_path / "narrow", model.cfg.d_model - 1))
+    with pytest.raises(InputError, match="of the residual stream of this model"):
+        expert_logits.feature_logits(model, narrow)
 
 
 def test_ablations_name_their_experts(model: GptOss) -> None:

@@ -1,5 +1,6 @@
 """Commands that look inside one sequence: the attribution graph of a token, and attention patterns."""
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -105,6 +106,10 @@ def graph(
     made = make(loaded, [*ids, *answer[:place]], saes=load_autoencoders(sae or [], loaded.device), **options)
     inner = made.nodes[made.nodes["kind"].isin(("head", "expert", "feature"))].nlargest(max(5, ablate), "influence")
     measured = graph_checks.ablate(loaded, made, inner.index[:ablate].tolist())["measured"].tolist() if ablate else []
+    effects = {
+        graph_export.node_id(loaded, made, row): value
+        for (_, row), value in zip(inner.iloc[:ablate].iterrows(), measured, strict=True)
+    }
     described = _described(made, inner, measured)  # before experts are divided into neurons
     described += _described_edges(loaded, made, ablate_edges)
     if neurons:
@@ -116,10 +121,65 @@ def graph(
 
             networkx.write_graphml(graph_export.to_networkx(made, chosen), part)
         else:
-            graph_export.write_json(loaded, made, part, scan=scan, features_url=features, labels=names, choices=chosen)
+            more: dict[str, Any] = {"labels": names, "choices": chosen, "measured": effects}
+            graph_export.write_json(loaded, made, part, scan=scan, features_url=features, **more)
     print(f"answer: {loaded.tokenizer.decode(answer)}")
     print(f"explained: token {place} of the answer, {loaded.tokenizer.decode([answer[place]])!r}")
     print(described)
+    print(out)
+
+
+@app.command()
+def graph_ablation(
+    graph: Annotated[Path, typer.Argument(help="JSON file that `workbench graph` wrote.")],
+    model: Annotated[str, typer.Option(help="The model of the graph, as for `graph`.")],
+    out: Annotated[Path, typer.Option(help="JSON file to write: the graph with the measured effects.")],
+    node: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Id of a node to ablate, as 1_2_17; repeat for several. [default: the most influential heads, experts "
+            "and neurons]"
+        ),
+    ] = None,
+    top: Annotated[int, typer.Option(min=1, max=200, help="Without --node, ablate this many nodes.")] = 5,
+    sae: Annotated[
+        list[Path] | None, typer.Option(help="Folder of an autoencoder that the graph was made with; may be repeated.")
+    ] = None,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    ignore_field: IgnoreField = None,
+    adapter: Adapter = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Ablate heads, experts, neurons and features of an attribution graph in the model.
+
+    Each node writes nothing at its token, by itself and then all of them together, and the model's logit is measured
+    with nothing held fixed. Printed are the predicted effect (what the node adds to the target in the graph) and the
+    measured one (by how much the target falls). The dashboard's page Why this token runs this command.
+    """
+    from workbench.bounded_json import read_json
+    from workbench.experiments import graph_ablation
+    from workbench.experiments.dictionary_features import load_autoencoders
+    from workbench.inputs import regular_file
+    from workbench.outputs import check_output, staged
+
+    inputs: list[str | Path] = [graph, *(sae or []), *([adapter] if adapter else [])]
+    check_output(out, command="graph-ablation", inputs=inputs, overwrite=overwrite)
+    with regular_file(graph) as file:
+        content = read_json(file)
+    loaded = load_model(model, device, dtype, ignore_field, adapter)
+    saes = load_autoencoders(sae or [], loaded.device)
+    effects = graph_ablation.measure(loaded, content, node or (), top=top, saes=saes)
+    with staged(out, command="graph-ablation", inputs=inputs, overwrite=overwrite) as part:
+        part.write_text(json.dumps(graph_ablation.with_effects(content, effects), allow_nan=False) + "\n", "utf-8")
+    for row in effects.nodes.to_dict("records"):
+        print(f"{row['id']} {row['label']}: predicted {row['value']:+.2f}, measured {row['measured']:+.2f} logits")
+    if len(effects.nodes) > 1:
+        alone = effects.nodes["measured"].sum()
+        print(
+            f"all {len(effects.nodes)} together: measured {effects.together:+.2f} logits; one by one they add up to "
+            f"{alone:+.2f}"
+        )
     print(out)
 
 

@@ -406,6 +406,7 @@ def _metadata(
     begins = float(candidates["bias"].sum())  # every path begins at a source, whose value is its bias, or at a bias
     return {
         "model": str(getattr(getattr(model.checkpoint, "path", None), "name", "")),
+        "checkpoint_digest": model.checkpoint.digest,
         "target": model.tokenizer.decode([wanted]),
         "target_id": wanted,
         "against": "mean" if other is None else model.tokenizer.decode([other]),

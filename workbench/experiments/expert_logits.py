@@ -19,12 +19,14 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
+from workbench.capture.recorder import source_digest
 from workbench.counting import count_of, signed
 from workbench.errors import InputError
 from workbench.experiments.effects import effects
 from workbench.experiments.final_channel import final_tokens
 from workbench.harmony.transcripts import Transcript
 from workbench.hooks.interventions import forbid
+from workbench.hooks.sae import SAE, load_sae
 from workbench.model.transformer import GptOss
 from workbench.registry import Experiment
 
@@ -39,6 +41,8 @@ EXPERIMENT = Experiment(
         "neuron_layer": "Layer whose neurons' direct effects are added, for the dashboard's page of neurons "
         "(default: none).",
         "neuron_expert": "Only the neurons of this expert of the layer (default: of all).",
+        "sae": "Folder of a sparse autoencoder of the residual stream; the direct effects of its features are added, "
+        "for the dashboard's page of features (default: none).",
     },
     figures="workbench.figures.expert_logits",
     order=170,
@@ -51,6 +55,10 @@ METHOD = (
 NEURON_METHOD = (
     "A neuron's output weights, times the weight of the final norm and the unembedding, less the mean over the "
     "vocabulary: logits for an activation of 1, a gate weight of 1 and a final norm's scale of 1."
+)
+FEATURE_METHOD = (
+    "A feature's decoder row, times the weight of the final norm and the unembedding, less the mean over the "
+    "vocabulary: logits for an activation of 1 and a final norm's scale of 1."
 )
 NOT_CONTROLLED = "What later layers do with the output is not part of it, and neither is a change of the norm's scale."
 N_TOKENS = 10  # with the largest and the smallest effects
@@ -96,11 +104,13 @@ def experiment(
     tokens: int = N_TOKENS,
     neuron_layer: int = -1,
     neuron_expert: int = -1,
+    sae: str = "",
     seed: int = 0,
 ) -> dict[str, xr.Dataset]:
     """Return `load` of the rows with its title, method and summary. seed: not used, as nothing is drawn at random.
 
-    With `neuron_layer`, the dataset `neurons` has the direct effects of the layer's neurons [expert neuron rank].
+    With `neuron_layer`, the dataset `neurons` has the direct effects of the layer's neurons [expert neuron rank]; with
+    `sae`, the dataset `features` has those of the autoencoder's features [feature rank].
 
     Raises:
         InputError: `tokens` is not positive, there is no sequence, or the model has no such layer or expert.
@@ -109,7 +119,9 @@ def experiment(
         raise InputError(f"tokens={tokens}: expected at least 1")
     if neuron_expert != -1 and neuron_layer == -1:
         raise InputError(f"neuron_expert={neuron_expert}: name its layer with neuron_layer, as neuron_layer=2")
-    of_neurons = {} if neuron_layer == -1 else {"neurons": _layer_neurons(model, neuron_layer, neuron_expert, tokens)}
+    details = {} if neuron_layer == -1 else {"neurons": _layer_neurons(model, neuron_layer, neuron_expert, tokens)}
+    if sae:
+        details["features"] = feature_logits(model, load_sae(sae, device=model.device), n=tokens)
     ds = load(model, rows, n=tokens)
     ds.attrs |= {"title": EXPERIMENT.title, "method": METHOD, "not_controlled": NOT_CONTROLLED, "units": "logits"}
     ds.attrs["rests_on"] = f"{count_of(len(rows), 'sequence')}, {int(ds['tokens'].sum()):,} routed slots"
@@ -123,7 +135,7 @@ def experiment(
             f"Layer {layer}, expert {expert} raises {texts}: up to {signed(float(one['top_logit'][0]), 2)} logits."
         )
     ds.attrs["summary"] = "\n".join([f"{ds.attrs['rests_on']}. The largest direct effects:", *lines])
-    return {"logits": ds} | of_neurons
+    return {"logits": ds} | details
 
 
 def _layer_neurons(model: GptOss, layer: int, expert: int, n: int) -> xr.Dataset:
@@ -169,24 +181,64 @@ def neuron_logits(model: GptOss, layer: int, expert: int, *, n: int = N_TOKENS) 
             f"layer {layer} expert {expert}: the model has layers 0 to {cfg.n_layers - 1} and experts 0 to "
             f"{n_experts - 1}"
         )
-    unembedding = model.unembed.W_U.mT
-    columns: dict[str, list[np.ndarray]] = {f"{k}_{name}": [] for k in ("top", "bottom") for name in _FIELDS}
-    for rows in model.blocks[layer].mlp.experts.W_out(expert).split(_NEURONS):
-        logits = ((rows.float() * model.ln_final.weight.float()).to(unembedding.dtype) @ unembedding.mT).float()
-        logits = logits - logits.mean(-1, keepdim=True)
-        for kind, largest in (("top", True), ("bottom", False)):
-            values, ids = logits.topk(min(n, cfg.d_vocab), largest=largest)
-            columns[f"{kind}_token"].append(ids.cpu().numpy())
-            columns[f"{kind}_logit"].append(values.cpu().numpy())
-    variables: dict[str, Any] = {name: (("neuron", "rank"), np.concatenate(parts)) for name, parts in columns.items()}
-    for kind in ("top", "bottom"):
-        ids = variables[f"{kind}_token"][1]
-        texts = [model.tokenizer.decode([i]) for i in ids.ravel().tolist()]
-        variables[f"{kind}_text"] = (("neuron", "rank"), np.array(texts, dtype=object).reshape(ids.shape))
+    variables = _direct_effects(model, model.blocks[layer].mlp.experts.W_out(expert), "neuron", n)
     return xr.Dataset(variables, {"neuron": np.arange(cfg.d_mlp)}, {"layer": layer, "expert": expert})
 
 
-_NEURONS = 64  # whose logits are in memory at a time
+@torch.no_grad()
+def feature_logits(model: GptOss, sae: SAE, *, n: int = N_TOKENS) -> xr.Dataset:
+    """Return the tokens with the largest (`top`) and smallest (`bottom`) direct effects of features [feature rank].
+
+    A feature's direct effect is its decoder row, times the final norm's weight and the unembedding, less the mean over
+    the vocabulary: logits for an activation of 1 and a final norm's scale of 1.
+
+    Raises:
+        InputError: the autoencoder names no hook point of the model, or does not write to the residual stream.
+    """
+    hook = str(sae.cfg.hook_name)
+    if hook not in model.hook_dict or sae.cfg.d_in != model.cfg.d_model or sae.cfg.reshape_activations != "none":
+        raise InputError(
+            f"autoencoder of width {sae.cfg.d_in} at {hook!r}: expected one of the residual stream of this model, of "
+            f"width {model.cfg.d_model}, as at blocks.0.hook_resid_post"
+        )
+    decoder = sae.W_dec.to(model.device, torch.float32)
+    if sae.cfg.rescale_acts_by_decoder_norm:  # whose activations have the norm of the decoder's row in them
+        decoder = decoder / decoder.norm(dim=-1, keepdim=True)
+    ds = xr.Dataset(_direct_effects(model, decoder, "feature", n), {"feature": np.arange(sae.cfg.d_sae)})
+    lines = [f"Direct effects of the features at {hook}; the largest:"]
+    for feature in np.argsort(-ds["top_logit"].values[:, 0])[:5].tolist():
+        text, effect = str(ds["top_text"].values[feature, 0]), float(ds["top_logit"][feature, 0])
+        lines.append(f"  feature {feature} raises {text!r}: {effect:+.2f}")
+    attrs = {"title": "Direct effects of features on logits", "method": FEATURE_METHOD, "units": "logits"}
+    attrs |= {"not_controlled": NOT_CONTROLLED, "rests_on": "the weights", "summary": "\n".join(lines)}
+    attrs |= {"hook": hook, "sae_digest": source_digest(sae.encode), "checkpoint_digest": model.checkpoint.digest}
+    return ds.assign_attrs(attrs)
+
+
+def _direct_effects(model: GptOss, directions: Float[Tensor, "row d_model"], dim: str, n: int) -> dict[str, Any]:
+    """Return tokens, logits and texts of the largest and smallest direct effects of directions of the stream.
+
+    They are variables of a dataset, [row rank], whose rows are called `dim`.
+    """
+    unembedding = model.unembed.W_U.mT
+    columns: dict[str, list[np.ndarray]] = {f"{k}_{name}": [] for k in ("top", "bottom") for name in _FIELDS}
+    for rows in directions.split(_ROWS):
+        logits = ((rows.float() * model.ln_final.weight.float()).to(unembedding.dtype) @ unembedding.mT).float()
+        logits = logits - logits.mean(-1, keepdim=True)
+        for kind, largest in (("top", True), ("bottom", False)):
+            values, ids = logits.topk(min(n, model.cfg.d_vocab), largest=largest)
+            columns[f"{kind}_token"].append(ids.cpu().numpy())
+            columns[f"{kind}_logit"].append(values.cpu().numpy())
+    variables: dict[str, Any] = {name: ((dim, "rank"), np.concatenate(parts)) for name, parts in columns.items()}
+    for kind in ("top", "bottom"):
+        ids = variables[f"{kind}_token"][1]
+        known = {i: model.tokenizer.decode([i]) for i in np.unique(ids).tolist()}
+        texts = [known[i] for i in ids.ravel().tolist()]
+        variables[f"{kind}_text"] = ((dim, "rank"), np.array(texts, dtype=object).reshape(ids.shape))
+    return variables
+
+
+_ROWS = 64  # whose logits are in memory at a time
 _FIELDS = {"token": -1, "logit": np.nan}
 
 

@@ -45,13 +45,15 @@ def to_json(
     features_url: str | None = None,
     labels: Mapping[tuple[int, int], str] | None = None,
     choices: pd.DataFrame | None = None,
+    measured: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Return the graph in the form of circuit-tracer's files.
 
     scan: the model's id at Neuronpedia, or for circuit-tracer's viewer the path of pages, as ./data/pages; by default
     gpt-oss-20b or gpt-oss-120b for models of their shape, else gpt-oss.
     features_url: where the pages of experts are served that `workbench export RUN neuronpedia` writes. labels: of
-    experts (layer, expert), shown after their names. choices: of `graph_details.choice_edges`.
+    experts (layer, expert), shown after their names. choices: of `graph_details.choice_edges`. measured: by how much
+    the target falls when a node is ablated, by the id of the node (`node_id`); nodes that the graph lacks are left out.
 
     Raises:
         InputError: the slug or scan has other characters than letters, digits, - and _, or the URL is none.
@@ -87,7 +89,10 @@ def to_json(
                 }
             )
     generator = {"name": "gpt-oss workbench", "version": graph.metadata["workbench_version"]}
-    info = graph.metadata | {"influence": CUMULATIVE, "generator": generator}
+    info = graph.metadata | {"influence": CUMULATIVE, "generator": generator, "tokens": graph.tokens}
+    known = {node["node_id"] for node in nodes}
+    if effects := {name: float(value) for name, value in (measured or {}).items() if name in known}:
+        info["measured"] = effects
     metadata: dict[str, Any] = {
         "slug": slug,
         "scan": scan,
@@ -136,7 +141,7 @@ def _reached(graph: AttributionGraph) -> list[float | None]:
 
 
 def _node(model: GptOss, graph: AttributionGraph, row: "pd.Series[Any]", reached: float | None) -> dict[str, Any]:
-    kind, layer, pos = str(row["kind"]), int(row["layer"]), int(row["pos"])
+    kind, layer, pos, name = str(row["kind"]), int(row["layer"]), int(row["pos"]), node_id(model, graph, row)
     shared = {
         "ctx_idx": pos,
         "influence": reached,
@@ -148,18 +153,24 @@ def _node(model: GptOss, graph: AttributionGraph, row: "pd.Series[Any]", reached
         "clerp": label(row),
     }
     if kind == "target":
-        token = graph.metadata["target_id"]
-        name, feature, shown = f"{model.cfg.n_layers + 1}_{token}_{pos}", token, str(model.cfg.n_layers + 1)
+        feature, shown = graph.metadata["target_id"], str(model.cfg.n_layers + 1)
         shared["clerp"] = _logit_label(graph.metadata)
         return {"node_id": name, "feature": feature, "layer": shown, "feature_type": "logit", "jsNodeId": name} | shared
     if kind == "embedding":
-        token = graph.tokens[pos]
-        name = f"E_{token}_{pos}"
         return {"node_id": name, "feature": pos, "layer": "E", "feature_type": "embedding", "jsNodeId": name} | shared
     number = _feature(model, row)
-    name = f"{layer}_{number}_{pos}"
     kind_of = {"feature_type": "cross layer transcoder", "jsNodeId": f"{layer}_{number}-{pos}"}
     return {"node_id": name, "feature": cantor(layer, number), "layer": str(layer)} | kind_of | shared
+
+
+def node_id(model: GptOss, graph: AttributionGraph, row: "pd.Series[Any]") -> str:
+    """Return the id that a row of the graph's nodes has in the file."""
+    kind, pos = str(row["kind"]), int(row["pos"])
+    if kind == "target":
+        return f"{model.cfg.n_layers + 1}_{graph.metadata['target_id']}_{pos}"
+    if kind == "embedding":
+        return f"E_{graph.tokens[pos]}_{pos}"
+    return f"{int(row['layer'])}_{_feature(model, row)}_{pos}"
 
 
 def _logit_label(metadata: Mapping[str, Any]) -> str:

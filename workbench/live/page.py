@@ -284,6 +284,10 @@ class LivePage:
         if now == self._shown:
             return
         self._shown = now
+        notes = "".join(note(text, "warning") for text in self._notes)
+        status = notes + self._state_html(job, experiment, state)
+        if not ended:  # before the answers, so that none of them grows beside the "Done" of the last run
+            self._status.object = status
         answer = experiment.original if experiment.edited is None else experiment.edited
         self._show_map(answer, "original" if experiment.edited is None else "edited")
         comparison = experiment.comparison if ended else None
@@ -295,9 +299,7 @@ class LivePage:
         if ended:
             self._comparison.object = difference_html(experiment) or _muted(_NO_COMPARISON)
             self._show_problems(experiment)
-        # last, so that a page that states "Done" has complete answers
-        notes = "".join(note(text, "warning") for text in self._notes)
-        self._status.object = notes + self._state_html(job, experiment, state)
+            self._status.object = status  # last, so that a page that shows "Done" has complete answers
 
     def _show_problems(self, experiment: Experiment) -> None:
         """Show on the cards of a run which interventions could not be applied or met no token."""
