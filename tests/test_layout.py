@@ -173,6 +173,7 @@ TESTED_BY = {
     "kernels/gpu/tiles": "bench/test_gpu.py",
     "kernels/moments": "kernels/gpu/test_moments.py",
     "live/arrangement": "live/test_app.py",
+    "studies/feature_labels": "dashboards/test_features_page.py",
     "live/expert_map": "live/test_app.py",
     "live/model_server": "live/test_page.py",
     "live/recipe_card": "live/test_page.py",

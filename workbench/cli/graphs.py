@@ -173,12 +173,13 @@ def graph_ablation(
     with staged(out, command="graph-ablation", inputs=inputs, overwrite=overwrite) as part:
         part.write_text(json.dumps(graph_ablation.with_effects(content, effects), allow_nan=False) + "\n", "utf-8")
     for row in effects.nodes.to_dict("records"):
-        print(f"{row['id']} {row['label']}: predicted {row['value']:+.2f}, measured {row['measured']:+.2f} logits")
+        predicted, measured = signed(row["value"], 2), signed(row["measured"], 2)
+        print(f"{row['id']} {row['label']}: predicted {predicted}, measured {measured} logits")
     if len(effects.nodes) > 1:
         alone = effects.nodes["measured"].sum()
         print(
-            f"all {len(effects.nodes)} together: measured {effects.together:+.2f} logits; one by one they add up to "
-            f"{alone:+.2f}"
+            f"all {len(effects.nodes)} together: measured {signed(effects.together, 2)} logits; one by one they add "
+            f"up to {signed(alone, 2)}"
         )
     print(out)
 

@@ -208,7 +208,7 @@ def feature_logits(model: GptOss, sae: SAE, *, n: int = N_TOKENS) -> xr.Dataset:
     lines = [f"Direct effects of the features at {hook}; the largest:"]
     for feature in np.argsort(-ds["top_logit"].values[:, 0])[:5].tolist():
         text, effect = str(ds["top_text"].values[feature, 0]), float(ds["top_logit"][feature, 0])
-        lines.append(f"  feature {feature} raises {text!r}: {effect:+.2f}")
+        lines.append(f"  feature {feature} raises {text!r}: {signed(effect, 2)}")
     attrs = {"title": "Direct effects of features on logits", "method": FEATURE_METHOD, "units": "logits"}
     attrs |= {"not_controlled": NOT_CONTROLLED, "rests_on": "the weights", "summary": "\n".join(lines)}
     attrs |= {"hook": hook, "sae_digest": source_digest(sae.encode), "checkpoint_digest": model.checkpoint.digest}
