@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import xarray as xr
 
-from workbench.counting import count_of
+from workbench.counting import count_of, signed, signed_interval
 from workbench.errors import InputError
 from workbench.harmony.flags import counted_in
 from workbench.runs import Run
@@ -225,9 +225,9 @@ def gains(gain: xr.Dataset, task: str) -> str:
     for step in map(str, gain["step"].values):
         c = {str(k): float(v) for k, v in gain.sel(task=task, step=step).data_vars.items()}
         lines.append(
-            f"{step}: {c['more_tokens']:+.1f} analysis tokens [{c['more_tokens_low']:+.1f}, "
-            f"{c['more_tokens_high']:+.1f}], "
-            f"accuracy {100 * c['gain']:+.1f} [{100 * c['gain_low']:+.1f}, {100 * c['gain_high']:+.1f}] points"
+            f"{step}: {signed(c['more_tokens'], 1)} analysis tokens [{signed(c['more_tokens_low'], 1)}, "
+            f"{signed(c['more_tokens_high'], 1)}], "
+            f"accuracy {signed_interval(100 * c['gain'], 100 * c['gain_low'], 100 * c['gain_high'], 1)} points"
         )
     return "<br>".join(map(escape, lines))
 

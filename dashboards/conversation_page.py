@@ -8,14 +8,17 @@ import numpy as np
 import panel as pn
 import xarray as xr
 
+from workbench.counting import count_of
 from workbench.dashboards import content, search, widgets
 from workbench.dashboards.conversation import HEIGHT, VIEW, conversation_file, frame, sentences_of
+from workbench.dashboards.conversation_table import metadata_table
 from workbench.dashboards.frame_view import view_input
 from workbench.dashboards.session import Page, Selectors, Session, box
 from workbench.errors import InputError
 from workbench.studies.quick_look import ALL
 
 LISTED = 500  # conversations in one page of the list
+_NUMBER = "000000000"  # stands for the number of a conversation in an address
 READABLE = 160  # tokens of the conversation that is shown first, at most
 
 
@@ -28,7 +31,7 @@ def transcript(session: Session) -> Page:
     if session.run.sequences.empty:
         raise InputError("the run contains no complete conversation yet: wait until the first unit is committed")
     page = _Conversations(session)
-    return Page(page.sidebar(), [page.shown, page.view])
+    return Page(page.sidebar(), [page.table, page.shown, page.view])
 
 
 class _Conversations:
@@ -54,6 +57,9 @@ class _Conversations:
         self.pick = widgets.list_box("Conversation", {}, None)
         self.count = widgets.html("")
         self.shown = box()
+        self.rows = pn.Column(sizing_mode="stretch_width")
+        self.table = widgets.card("Table of conversations", self.rows, collapsed=True)
+        self.table.param.watch(lambda _: self.tabulate(), "collapsed")
         self.view = view_input(session, VIEW, self.viewed)
         self.expert = session.choice.text("expert")
         self.matches: dict[str, int] = {}
@@ -97,6 +103,8 @@ class _Conversations:
         if linked is not None and linked not in matches.values():
             matches = {f"{self.session.run.sequences.loc[linked, 'id']!s} (linked)": linked, **matches}
         self.matches = matches
+        self.rows[:] = []  # of the conversations before
+        self.tabulate()
         numbers = list(matches.values())
         wanted = linked if linked is not None else self.pick.value
         wanted = wanted if wanted in numbers else self._first(numbers)
@@ -105,6 +113,26 @@ class _Conversations:
         if not matches:
             text = "No matching conversations. Change the filters or the search text."
             self.shown[:] = [widgets.alert(text, "info")]
+
+    def tabulate(self) -> None:
+        """Fill the table with the conversations of the list once it is open."""
+        if self.table.collapsed or self.rows.objects:
+            return
+
+        def body() -> Any:
+            numbers = list(self.matches.values())
+            rows, constant, left_out = metadata_table(self.session.run, numbers)
+            address = self.session.link("transcript", sequence=_NUMBER)  # made once, as a run can have many
+            links = [address.replace(f"sequence={_NUMBER}", f"sequence={number}") for number in numbers]
+            texts = [f"The same in all: {', '.join(f'{name} {value}' for name, value in constant.items())}."]
+            texts += [f"{count_of(left_out, 'rare field')} of the metadata left out."] if left_out else []
+            if len(rows.columns) > widgets.MOST_COLUMNS:
+                texts.append(f"{len(rows.columns)} columns: scroll the table to the side.")
+            note = " ".join(texts if constant else texts[1:])
+            table = widgets.table_content(rows, f"{self.session.name}-conversations", {"conversation": links})
+            return pn.Column(widgets.html(f"<p class='wb-under'>{escape(note)}</p>"), table) if note else table
+
+        self.rows[:] = [widgets.guarded(body)]
 
     def _first(self, numbers: list[int]) -> int | None:
         """Return the conversation that is shown when none is chosen: a short one with an analysis, if the list has one.

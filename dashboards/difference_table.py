@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
+from workbench.counting import signed
 from workbench.dashboards import widgets
 from workbench.figures.gallery import GalleryItem
 
@@ -35,7 +36,7 @@ def differences(numbers: pd.DataFrame, source: xr.Dataset) -> pd.DataFrame:
             f"{source.attrs['b']} (%)": (100 * mean_b).round(2),
             "difference (points)": (100 * difference).round(2),
             "95 % interval": [
-                f"[{100 * a:+.2f}, {100 * b:+.2f}]" if np.isfinite([a, b]).all() else "–"
+                f"[{signed(100 * a, 2)}, {signed(100 * b, 2)}]" if np.isfinite([a, b]).all() else "–"
                 for a, b in zip(low, high, strict=True)
             ],
             "differs": np.where(different.astype(bool), "yes", "not shown"),

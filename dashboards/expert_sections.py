@@ -12,6 +12,7 @@ import panel as pn
 import xarray as xr
 
 from workbench import registry
+from workbench.counting import signed_interval
 from workbench.dashboards import content, widgets
 from workbench.dashboards.example_lists import example, list_of
 from workbench.dashboards.neurons_page import effects_table
@@ -260,7 +261,7 @@ def tokens_table(ds: xr.Dataset) -> tuple[pd.DataFrame, int]:
         rows.append(
             {
                 "token": str(ds["token_text"].values[i]),
-                "log-odds (nat)": f"{odds:+.2f} [{low:+.2f}, {high:+.2f}]",
+                "log-odds (nat)": signed_interval(odds, low, high, 2),
                 "occurrences": int(ds["token_count"].values[i]),
                 "prompts": int(ds["token_prompts"].values[i]),
             }
@@ -284,7 +285,7 @@ def measured_effects(session: Session, layer: int, expert: int) -> list[Any]:
                 )
                 if not np.isfinite(low * high):
                     continue  # the experiment measured nothing of this expert
-                effect = f"{change:+.3f} [{low:+.3f}, {high:+.3f}] {ds.attrs.get('units', '')}"
+                effect = f"{signed_interval(change, low, high, 3)} {ds.attrs.get('units', '')}"
                 rows.append({"experiment": registry.find(name).title, "effect [95 % interval]": effect})
                 links.append(session.link("causal", experiment=name))
     if not rows:

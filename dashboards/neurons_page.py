@@ -15,6 +15,7 @@ import panel as pn
 import xarray as xr
 
 from workbench import registry
+from workbench.counting import signed
 from workbench.dashboards import content, widgets
 from workbench.dashboards.example_lists import example, list_of
 from workbench.dashboards.session import Page, Session, box, missing_record
@@ -181,7 +182,7 @@ def lists(session: Session, ds: xr.Dataset, neuron: int, kind: str) -> str:
         rows = example_rows(ds, neuron, kind, channel)[:_SHOWN]
         values = [float(row["activation"]) for row in rows]
         items = [
-            example(session, row, f"{value:+.2f}", strength=abs(value) / largest)
+            example(session, row, signed(value, 2), strength=abs(value) / largest)
             for row, value in zip(rows, values, strict=True)
         ]
         if items:

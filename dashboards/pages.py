@@ -22,6 +22,7 @@ from workbench.dashboards.graph_page import graph
 from workbench.dashboards.heatmap_pages import experts, sinks
 from workbench.dashboards.neurons_page import neurons
 from workbench.dashboards.overview import overview
+from workbench.dashboards.partner_runs import chosen_partner, partners, sentence
 from workbench.dashboards.results_pages import causal
 from workbench.dashboards.session import Page, Selectors, Session, box, missing_record, study
 from workbench.errors import InputError
@@ -117,12 +118,14 @@ def effort(session: Session) -> Page:
 def compare(session: Session) -> Page:
     """Return the page that compares two runs of the same transcripts: tested differences, then either run's load."""
     name = session.name
-    others = [other for other in session.registry.names if other != name]
-    if not others:
+    listed = partners(session)
+    first = chosen_partner(session, listed)
+    if first is None:
         text = "Start the dashboard with two runs of the same transcripts: workbench dashboard A.zarr B.zarr"
         return Page([], [widgets.alert(text, "info")])
     chosen = Selectors(session, "channel", "effort", "task")
-    pick = widgets.select("With", others, session.choice.get("with", others))
+    by_name = {one.name: one for one in listed}
+    pick = widgets.select("With", list(by_name), first.name)
     about, shown, tested = box(), box(), box()
 
     def show() -> None:
@@ -142,8 +145,11 @@ def compare(session: Session) -> Page:
                 for i, ds in enumerate(sets)
             ]
             about[:] = [
-                widgets.html(f"<b>Run {letter}: {escape(n)}</b> {content.about(r)}")
-                for letter, n, r in zip("ab", (name, other), runs, strict=True)
+                widgets.html(f"<p class='wb-first'>{escape(sentence(by_name[other], listed))}</p>"),
+                *(
+                    widgets.html(f"<b>Run {letter}: {escape(n)}</b> {content.about(r)}")
+                    for letter, n, r in zip("ab", (name, other), runs, strict=True)
+                ),
             ]
             title = "<h2>Expert load of both runs</h2><p class='wb-under'>Pooled over all tokens of the selected "
             title += "channel, effort and task, not tested</p>"
@@ -204,11 +210,8 @@ def study_page(session: Session, page: str) -> Page:
         InputError: the study compares two runs, and the dashboard has one.
     """
     record = _study_of(page)
-    names = (
-        [session.name]
-        if record.runs == 1
-        else [session.name, *(n for n in session.registry.names if n != session.name)][:2]
-    )
+    other = chosen_partner(session, partners(session)) if record.runs == 2 else None
+    names = [session.name, *([other.name] if other else [])]
     if len(names) < record.runs:
         raise InputError(f"{record.title} compares two runs: start the dashboard with two")
     about = [
@@ -255,8 +258,8 @@ def further_studies(session: Session, page: str) -> list[Any]:
     """
     sections: list[Any] = []
     for record in [r for r in registry.studies() if (r.page or r.name) == page][1:]:
-        others = [n for n in session.registry.names if n != session.name]
-        names = [session.name, *([session.choice.get("with", others)] if record.runs == 2 and others else [])]
+        other = chosen_partner(session, partners(session)) if record.runs == 2 else None
+        names = [session.name, *([other.name] if other else [])]
         try:
             for name in names:
                 record.check_recorded(session.other_run(name))

@@ -11,6 +11,7 @@ import panel as pn
 import xarray as xr
 
 from workbench import registry
+from workbench.counting import signed
 from workbench.dashboards import content, theme, widgets
 from workbench.dashboards.figure_labels import figure_names
 from workbench.dashboards.session import Page, Session, box
@@ -138,7 +139,7 @@ def _rounded(*numbers: float) -> list[str]:
     """Return an effect and its two limits as text, with the decimals that the width of the interval allows."""
     width = float(numbers[2] - numbers[1])
     decimals = min(6, max(0, 1 - math.floor(math.log10(width)))) if width > 0 else 3
-    return [f"{round(float(number), decimals) + 0.0:+.{decimals}f}" for number in numbers]  # + 0.0: no negative zero
+    return [signed(float(number), decimals) for number in numbers]
 
 
 def _coordinate(ds: xr.Dataset, axis: str, index: int) -> str:

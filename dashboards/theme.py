@@ -189,6 +189,7 @@ TABULATOR_CSS = """
 background:var(--wb-surface);color:var(--wb-ink);border-bottom:1px solid var(--wb-line)}
 .tabulator.tabulator .tabulator-row:hover{background:var(--wb-raised)!important}
 .tabulator.tabulator .tabulator-cell{border-color:transparent}
+.tabulator.tabulator .tabulator-frozen{border-color:var(--wb-line)!important}
 .tabulator.tabulator .tabulator-header .tabulator-col .tabulator-col-content .tabulator-col-title{white-space:normal;
 overflow:visible}
 .tabulator.tabulator input{background:var(--wb-surface);color:var(--wb-ink);border:1px solid var(--wb-control);

@@ -27,6 +27,8 @@ from workbench.runs import Run
 WIDTH = 218  # pixels, of widgets in the sidebar
 _FAILURES = 3  # to look for results, in turn, after which the last reason is shown
 _PLAIN_ROWS = 15  # longer tables are paged
+_LOCAL_ROWS = 2000  # longer tables are sorted, filtered and paged by the server
+MOST_COLUMNS = 10  # that are readable beside each other at a width of 1280 pixels
 _LONG = 32  # characters of a text that fits in a table beside two others
 _SHORT = 16  # characters of texts that stay in one line, as an interval
 _CSV = "Numbers as CSV"
@@ -110,12 +112,16 @@ def table(
 
     links: the address that each cell of a column opens, or "". note: which data it shows.
     """
-    content: pn.viewable.Viewable
+    return card(title, table_content(rows, name, links), note=note, collapsed=collapsed)
+
+
+def table_content(
+    rows: pd.DataFrame, name: str, links: Mapping[str, Sequence[str]] | None = None
+) -> pn.viewable.Viewable:
+    """Return a table with what saves it as CSV, without the card; see `table`."""
     if len(rows) <= _PLAIN_ROWS:
-        content = _plain_table(rows, links or {}, _csv_link(rows, name))
-    else:
-        content = pn.Column(_long_table(rows, links or {}), _csv(lambda: rows, name), sizing_mode="stretch_width")
-    return card(title, content, note=note, collapsed=collapsed)
+        return _plain_table(rows, links or {}, _csv_link(rows, name))
+    return pn.Column(_long_table(rows, links or {}), _csv(lambda: rows, name), sizing_mode="stretch_width")
 
 
 def _csv_link(rows: pd.DataFrame, name: str) -> str:
@@ -163,7 +169,8 @@ def _long_table(rows: pd.DataFrame, links: Mapping[str, Sequence[str]]) -> pn.wi
     values: numbers as numbers.
     """
     texts = [c for c in rows.columns if rows[c].dtype.kind not in "biuf"]
-    shares = _shared_width(rows, texts)
+    wide = len(rows.columns) > MOST_COLUMNS  # scrolls to the side, beside its first column
+    shares = {} if wide else _shared_width(rows, texts)
     hidden = {column: (f"address {number}", f"text {number}") for number, column in enumerate(links)}
     extra = {hidden[column][0]: list(addresses) for column, addresses in links.items()}
     extra |= {hidden[column][1]: rows[column].astype(str).to_list() for column in links}
@@ -173,17 +180,19 @@ def _long_table(rows: pd.DataFrame, links: Mapping[str, Sequence[str]]) -> pn.wi
         show_index=False,
         disabled=True,
         selectable=False,
-        layout="fit_columns" if shares else "fit_data_stretch",
+        layout="fit_data" if wide else "fit_columns" if shares else "fit_data_stretch",
+        frozen_columns=[str(rows.columns[0])] if wide else [],
         widths=shares,
-        pagination="local",
+        pagination="local" if len(rows) <= _LOCAL_ROWS else "remote",
         page_size=_PLAIN_ROWS,
         sizing_mode="stretch_width",
         formatters={
-            column: {"type": "plaintext" if _widest(rows[column]) <= 2 * _LONG else "textarea"} for column in texts
+            column: {"type": "plaintext" if wide or _widest(rows[column]) <= 2 * _LONG else "textarea"}
+            for column in texts
         }
         | {column: _decimals(rows[column]) for column in rows.columns if rows[column].dtype.kind == "f"}
         | {column: {"type": "link", "urlField": url, "labelField": text} for column, (url, text) in hidden.items()},
-        configuration={"columnDefaults": {"minWidth": 60}},
+        configuration={"columnDefaults": {"minWidth": 60, **({"maxWidth": 240, "tooltip": True} if wide else {})}},
         text_align={column: "right" for column in rows.columns if column not in texts},
         header_filters={column: {"type": "input", "placeholder": "filter"} for column in texts},
         theme="simple",

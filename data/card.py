@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from workbench.counting import signed
 from workbench.data.command import run
 from workbench.data.tasks import FAMILIES, STEPLESS, STEPWISE
 from workbench.errors import InputError
@@ -119,7 +120,7 @@ def _interval(cell: Mapping[str, Any]) -> str:
 
 def _points(change: Mapping[str, Any]) -> str:
     difference, low, high = (100 * change[name] for name in ("difference", "low", "high"))
-    return f"{difference:+.1f} ({low:+.1f} to {high:+.1f})"
+    return f"{signed(difference, 1)} ({signed(low, 1)} to {signed(high, 1)})"
 
 
 def _mean_length(cells: Mapping[tuple[str, str], Mapping[str, Any]], effort: str) -> float:

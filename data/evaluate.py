@@ -16,6 +16,7 @@ from scipy.stats import binomtest
 
 from workbench import harmony
 from workbench.capture.generation import final_text
+from workbench.counting import signed
 from workbench.data.command import run
 from workbench.data.conversations import prompt_messages
 from workbench.data.prompts import SEED, questions
@@ -116,7 +117,7 @@ def main(
     for name, cells in result["accuracy"].items():
         print(f"{name}\n{pd.DataFrame(cells).pivot(index='task', columns='effort', values='accuracy')[list(EFFORTS)]}")
     for change in result["comparisons"]:
-        print(f"{change['before']} → {change['after']}: {100 * change['difference']:+.1f} points")
+        print(f"{change['before']} → {change['after']}: {signed(100 * change['difference'], 1)} points")
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ _LIGHT = 2**20  # values of an expert's matrix below which handing it to a threa
 # matrix of 5760 × 2880 and 8, 16, 24, 32 rows: 3.1, 5.8, 8.7 and 11.6 ms; unpacked for torch 5.4, 7.0, 8.8 and 10.3.
 # With AVX-512 more than 32 tokens take its tiles: 4, 9, 16, 24 rows 1.8, 2.3, 3.0 and 4.0 ms.
 _FEW_TOKENS, _SHORT, _FEW_ROWS = 32, 256, 24
+_SHARE_ROWS = 2048  # that experts multiply at a time, unless one has more: 40 MB in the width of gpt-oss-20b
 ActivationHook = Callable[[Tensor], Tensor]
 
 
@@ -134,7 +135,7 @@ def _layer(
     """
     k = experts.shape[1]
     slots = products.Slots(experts, len(weights.gate_up_bias)) if products else None
-    d_mlp = weights.gate_up_bias.shape[1] // 2
+    d_mlp, wide = weights.gate_up_bias.shape[1] // 2, torch.promote_types(x.dtype, torch.float32)
 
     heavy = x.device.type == "cpu" and 2 * d_mlp * x.shape[1] > _LIGHT
     apart = heavy and not torch.is_grad_enabled() and torch.get_num_threads() > 1
@@ -180,11 +181,10 @@ def _layer(
         tiled = isinstance(matrix, Mxfp4) and not by_rows
         return (_tiles(rows, matrix, bias) if tiled else None) or products
 
-    wide = torch.promote_types(x.dtype, torch.float32)
     if products or taps.gate or taps.up:
         if products:
-            matrix, bias = weights.gate_up, weights.gate_up_bias
-            h = launcher(x, matrix, bias).expert_linear(x, matrix, bias, slots)
+            first = weights.gate_up, weights.gate_up_bias
+            h = launcher(x, *first).expert_linear(x, *first, slots)
         else:
             h = per_expert(gate_up, 2 * d_mlp)
         post = activated_pairs(h)
@@ -193,16 +193,55 @@ def _layer(
     if products or taps.gate or taps.up or taps.post:
         post = apply_hook(taps.post, post).flatten(0, 1)
         if products and cpu.compiled(post) and products.covers_experts(post, weights.down):
-            matrix, bias = weights.down, weights.down_bias
-            out = launcher(post, matrix, bias).expert_linear(post, matrix, bias, slots)
+            second = weights.down, weights.down_bias
+            out = launcher(post, *second).expert_linear(post, *second, slots)
         else:  # a hook can have added a gradient
             out = per_expert(lambda e, rows: down(e, post, rows), x.shape[1])
     else:
-        out = per_expert(lambda e, rows: down(e, activated(e, rows)), x.shape[1])
+        tiled = _by_tiles(x, experts, weights)
+        out = per_expert(lambda e, rows: down(e, activated(e, rows)), x.shape[1]) if tiled is None else tiled
     out = apply_hook(taps.out, out)
     if (steps := cpu.slot_steps((x, out), gates)) and steps.covers(x.shape[1]):
         return steps.combine(out, gates)
     return chunked(lambda y, g: torch.einsum("tsd,ts->td", y.to(wide), g.to(wide)).to(x.dtype), out, gates, dim=0)
+
+
+def _by_tiles(
+    x: Float[Tensor, "tokens d_model"], experts: Int[Tensor, "tokens slot"], weights: Experts
+) -> Float[Tensor, "tokens slot d_model"] | None:
+    """Return what every slot's expert makes of its token, or None where not all of it is compiled.
+
+    All threads share the products of a few experts at a time, so that no thread waits for another's last expert.
+    """
+    first, second, steps = weights.gate_up, weights.down, cpu.slot_steps((x,))
+    if not isinstance(first, Mxfp4) or not isinstance(second, Mxfp4):
+        return None
+    tiles = _tiles(x, first, weights.gate_up_bias) and _tiles(x, second, weights.down_bias)
+    if not tiles or not steps or not steps.covers(weights.gate_up_bias.shape[1] // 2):
+        return None
+    order, counts = group(experts, len(weights.gate_up_bias))
+    shares = _shares(counts.tolist())
+    most, width = max(rows for _, rows in shares), weights.gate_up_bias.shape[1]
+    pairs, posts = x.new_empty(most, width), x.new_empty(most, width // 2)
+    out, start = x.new_empty(len(order), x.shape[1]), 0
+    for share, rows in shares:
+        slots, h, post = order[start : start + rows], pairs[:rows], posts[:rows]
+        tiles.write_expert_rows(x, first, weights.gate_up_bias, share, slots // experts.shape[1], None, h)
+        steps.swiglu(h, weights.limit, weights.alpha, post)
+        tiles.write_expert_rows(post, second, weights.down_bias, share, None, slots, out)
+        start += rows
+    return out.unflatten(0, experts.shape)
+
+
+def _shares(counts: list[int]) -> list[tuple[list[tuple[int, int]], int]]:
+    """Return experts with their rows, in shares of at most `_SHARE_ROWS` rows or one expert, and the rows of each."""
+    shares: list[tuple[list[tuple[int, int]], int]] = []
+    for expert, count in enumerate(counts):
+        if count and shares and shares[-1][1] + count <= _SHARE_ROWS:
+            shares[-1] = [*shares[-1][0], (expert, count)], shares[-1][1] + count
+        elif count:
+            shares.append(([(expert, count)], count))
+    return shares
 
 
 def _linear(

@@ -127,6 +127,7 @@ MAY_IMPORT = {
     },
     "live": {
         "counting",
+        "outputs",
         "studies",
         "dashboards",
         "figures",

@@ -1,12 +1,13 @@
 """Numbers with their nouns."""
 
 import ast
+import math
 import re
 from pathlib import Path
 
 import pytest
 
-from workbench.counting import count_of, plural_or_singular
+from workbench.counting import count_of, plural_or_singular, signed, signed_interval
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("workbench", "dashboards", "data")
@@ -72,3 +73,38 @@ def test_the_scan_finds_a_plural() -> None:
 )
 def test_a_plural_is_the_singular_after_one(number: int, plural: str, noun: str) -> None:
     assert plural_or_singular(number, plural) == noun
+
+
+@pytest.mark.parametrize(
+    ("value", "decimals", "kind", "expected"),
+    [
+        (0.312, 2, "f", "+0.31"),
+        (-2.0, 2, "f", "-2.00"),
+        (-0.004, 2, "f", "0.00"),
+        (0.004, 2, "f", "0.00"),
+        (-0.0, 3, "g", "0"),
+        (-1e-9, 3, "g", "-1e-09"),
+        (0.0004, 1, "%", "0.0%"),
+        (-0.05, 1, "%", "-5.0%"),
+        (1234.5, 1, "f", "+1234.5"),
+        (float("nan"), 2, "f", "nan"),
+        (float("-inf"), 2, "f", "-inf"),
+    ],
+)
+def test_a_number_that_is_rounded_to_zero_has_no_sign(value: float, decimals: int, kind: str, expected: str) -> None:
+    assert signed(value, decimals, kind) == expected
+
+
+def test_an_interval_that_is_not_a_number_is_left_out() -> None:
+    assert signed_interval(0.31, -0.004, 0.64, 2) == "+0.31 [0.00, +0.64]"
+    assert signed_interval(0.31, math.nan, math.nan, 2) == "+0.31"
+
+
+def test_no_text_of_the_project_formats_a_sign_in_another_way() -> None:
+    """Formats with a sign write "-0.00"; those of plotly's hover texts begin with "%{"."""
+    own_sign = re.compile(r"(?<!%)(?<!%\{)\{[^{}%]*:\+\.\d+[fg%]\}")
+    assert own_sign.search('f"{x:+.2f} nats"'), "negative control"
+    assert not own_sign.search("%{x:+.2f} points"), "of plotly"
+    files = [p for folder in FOLDERS for p in (ROOT / folder).rglob("*.py") if p.name != "counting.py"]
+    assert len(files) > 100, "negative control: the files are there"
+    assert [p.name for p in files if own_sign.search(p.read_text())] == []

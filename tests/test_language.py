@@ -137,10 +137,13 @@ def strings(path: Path) -> Iterator[tuple[int, str]]:
 def retired_phrases(path: Path) -> list[str]:
     """Return the retired phrases of a file with their lines and the terms to use."""
     name = path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
+    texts = list(strings(path))
+    together = "\n\0\n".join(text for _, text in texts).lower()  # no phrase extends over this mark
+    phrases = {phrase: term for phrase, term in RETIRED.items() if re.search(phrase, together)}
     return [
         f"{name}:{line}: {match.group(0)!r}: write {term!r}"
-        for line, text in strings(path)
-        for phrase, term in RETIRED.items()
+        for line, text in texts
+        for phrase, term in phrases.items()
         for match in re.finditer(phrase, text, re.IGNORECASE)
         if match.group(0).lower() not in ALLOWED.get(name, ())
     ]

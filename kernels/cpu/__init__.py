@@ -16,7 +16,7 @@ threads asleep: after each parallel operation they wait actively for millisecond
 
 `tiles` multiplies many rows where the processor multiplies bfloat16 slowly and has AVX-512; elsewhere torch does it,
 with matrices that `products` unpacks or widens. `slots` computes what lies between the products of the experts,
-`positions` the norms and rotations.
+`positions` the norms and rotations, `sequences` attention of many queries.
 
 The torch code in `workbench.kernels` remains the reference. It computes whatever is not covered here: gradients, other
 dtypes, inputs that are no multiple of 32, many rows, processors without AVX2 or NEON, tensors that torch.compile,
@@ -106,6 +106,11 @@ def many_rows(x: Tensor, *tensors: Tensor | None) -> ModuleType | None:
     return tiles if tiles.available() else None
 
 
+def many_queries(q: Tensor, *tensors: Tensor | None) -> ModuleType | None:
+    """Return `workbench.kernels.cpu.sequences` where attention of queries q [... d] in float32 takes its loops."""
+    return importlib.import_module("workbench.kernels.cpu.sequences") if many_rows(q, *tensors) else None
+
+
 def few_rows(x: Tensor, *tensors: Tensor | None) -> ModuleType | None:
     """Return `workbench.kernels.cpu.layer` if x [... d] is a few rows of bfloat16 and all tensors can be used."""
     few = x.dtype == torch.bfloat16 and 0 < x.numel() <= FEW_ROWS * x.shape[-1]
@@ -130,13 +135,15 @@ def slot_steps(rows: Sequence[Tensor], *others: Tensor) -> ModuleType | None:
 
 def compile_loops() -> None:
     """Compile all loops that this processor uses now, and not when each is first needed."""
-    names = ("layer", "positions", "products", "slots", "tiles")
-    layer, positions, products, slots, tiles = (importlib.import_module(f"workbench.kernels.cpu.{n}") for n in names)
+    names = ("layer", "positions", "products", "sequences", "slots", "tiles")
+    layer, positions, products, sequences, slots, tiles = (
+        importlib.import_module(f"workbench.kernels.cpu.{n}") for n in names
+    )
     for compile_some in (products._loops, products._unpacking, layer._phases, positions._loops, slots._loops):
         compile_some()
     if tiles.available():
+        sequences._loops()
         tiles._dense()
-        tiles._dense_integer()
         tiles._integer()
 
 

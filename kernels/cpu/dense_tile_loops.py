@@ -53,7 +53,7 @@ def _store_inputs(b: Any, values: list[Value], result: Value) -> None:
 
 
 @intrinsic
-def _widen_group(typingctx, matrix, width, result):
+def widen_group(typingctx, matrix, width, result):
     """Write 32 inputs of 16 outputs of a bfloat16 matrix into 32 rows of a tile."""
 
     def generate(context, b, signature, arguments):
@@ -68,7 +68,7 @@ def _widen_group(typingctx, matrix, width, result):
     return types.void(*[types.int64] * 3), generate
 
 
-def _products(rows: int) -> Any:
+def float_products(rows: int) -> Any:
     """Return an intrinsic: add to the sums of `rows` rows their products with a tile.
 
     Its arguments: the addresses of the tile, of a block of inputs [input, row] and of sums [row, 32], and how many
@@ -102,7 +102,7 @@ def _products(rows: int) -> Any:
     return products
 
 
-_add_products = block_products(_products, 1)
+_add_products = block_products(float_products, 1)
 
 
 def _arrange(counter, jobs, number, most, source, width, inputs):
@@ -154,8 +154,8 @@ def _multiply(counter, memory, jobs, number, matrix, width, outputs, inputs, bia
             for first in range(0, depth, GROUP):
                 for vector in range(OUTPUTS // LANES):
                     at = matrix + 2 * ((output + LANES * vector) * width + start + first)
-                    _widen_group(at, width, tile + ROW_BYTES * first + 64 * vector)
-            _add_products(tile, x + 4 * start * blocks * rows, sums, depth, blocks, rows)
+                    widen_group(at, width, tile + ROW_BYTES * first + 64 * vector)
+            _add_products(tile, x + 4 * start * blocks * rows, sums, depth, blocks, rows, 1, _TILE_BYTES)
         store_results(sums, jobs, job, 0, bias, outputs, output, results)
 
 

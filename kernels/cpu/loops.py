@@ -61,7 +61,8 @@ def _inner_products(reader: Callable[..., Any], sources: int, ahead: int, output
     """Return an intrinsic: inner products of `outputs` rows of a matrix with `rows` rows of inputs.
 
     ahead: bytes of a group; with them, the groups of the next `outputs` rows are asked for while these are read. The
-    processor itself does not foresee that the rows of a tile are read side by side. 0 where it does, as for one row.
+    processor itself does not foresee that the rows of a tile are read side by side, nor what follows a page of memory.
+    Measured, two threads (Emerald Rapids), one row of bfloat16: 16.5 GB/s without, 20.9 GB/s with it. 0: none.
     Its arguments: the address of each row of inputs, the addresses where the results of each row go, the number of
     groups of 32, and the `sources` arguments of the reader but the groups. Inputs are float32 in the reader's order.
     """
@@ -110,7 +111,8 @@ _mxfp4_by_one, _mxfp4_by_two, _mxfp4_by_four = (
     for outputs, rows in ((MXFP4_OUTPUTS, 1), (MXFP4_OUTPUTS_FOR_FOUR, 2), (MXFP4_OUTPUTS_FOR_FOUR, 4))
 )
 _bfloat16_by_one, _bfloat16_by_four = (
-    _inner_products(_bfloat16, 1, 0, outputs, rows) for outputs, rows in ((1, 1), (BFLOAT16_OUTPUTS_FOR_FOUR, 4))
+    _inner_products(_bfloat16, 1, ahead, outputs, rows)
+    for ahead, outputs, rows in ((2 * GROUP, 1, 1), (0, BFLOAT16_OUTPUTS_FOR_FOUR, 4))
 )
 SMALLEST = 4  # outputs of a matrix: the last tile is moved back instead of being cut
 

@@ -21,10 +21,16 @@ def covers(width: int) -> bool:
     return width > 0 and width % LANES == 0
 
 
-def swiglu(pairs: BFloat16[Tensor, "*rows 2*d_mlp"], limit: float, alpha: float) -> BFloat16[Tensor, "*rows d_mlp"]:
-    """Return the activations of gates and ups, which alternate; `covers` their width."""
+def swiglu(
+    pairs: BFloat16[Tensor, "*rows 2*d_mlp"],
+    limit: float,
+    alpha: float,
+    result: BFloat16[Tensor, "*rows d_mlp"] | None = None,
+) -> BFloat16[Tensor, "*rows d_mlp"]:
+    """Return the activations of gates and ups, which alternate, in new memory by default; `covers` their width."""
     pairs = pairs.contiguous()
-    result = pairs.new_empty(*pairs.shape[:-1], pairs.shape[-1] // 2)
+    if result is None:
+        result = pairs.new_empty(*pairs.shape[:-1], pairs.shape[-1] // 2)
     pieces = -(-result.numel() // ACTIVATIONS)
     threads.run(_loops().activate, pieces, pairs.data_ptr(), result.numel(), limit, alpha, result.data_ptr())
     return result

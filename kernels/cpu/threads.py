@@ -1,7 +1,9 @@
 """Threads for compiled loops that release Python's lock: the calling thread and helpers that wait for work.
 
 A loop takes pieces of its work from a counter that its threads share, so that a thread whose core is busy elsewhere,
-or slower, takes fewer. Handing a loop to a helper costs about 20 microseconds.
+or slower, takes fewer. Handing a loop to a helper costs about 20 microseconds. A helper that has not begun when the
+calling thread finds no piece left is not waited for: torch's own threads keep their cores for milliseconds after each
+parallel operation.
 """
 
 import ctypes
@@ -17,33 +19,50 @@ _Loop = Callable[..., None]
 _Arguments = tuple[Any, ...]  # integers, and arrays of numpy
 
 
+class _Job:
+    """A loop for one helper, which runs it unless the caller has called it off before."""
+
+    def __init__(self, loop: _Loop, arguments: _Arguments) -> None:
+        self._loop, self._arguments = loop, arguments
+        self._begun, self._finished = Lock(), Lock()
+        self._finished.acquire()
+
+    def run(self) -> None:
+        """Run the loop, in a helper."""
+        if self._begun.acquire(blocking=False):
+            try:
+                self._loop(*self._arguments)
+            finally:
+                self._finished.release()
+
+    def end(self) -> None:
+        """Return when the loop does not run and will not, in the calling thread."""
+        if not self._begun.acquire(blocking=False):
+            self._finished.acquire()
+
+
 class _Helpers:
     """Threads that run a loop when they are given one. They end with the process."""
 
     def __init__(self) -> None:
-        self._jobs: SimpleQueue[tuple[_Loop, _Arguments, Lock]] = SimpleQueue()
+        self._jobs: SimpleQueue[_Job] = SimpleQueue()
         self._count = 0
         self._starting = Lock()
 
-    def give(self, loop: _Loop, arguments: _Arguments, helpers: int) -> list[Lock]:
-        """Let `helpers` threads run the loop; return a lock for each, which it releases when it has finished."""
+    def give(self, loop: _Loop, arguments: _Arguments, helpers: int) -> list[_Job]:
+        """Let `helpers` threads run the loop; return a job for each."""
         with self._starting:
             for _ in range(self._count, helpers):
                 Thread(target=self._serve, name="cpu-kernels", daemon=True).start()
                 self._count += 1
-        finished = [Lock() for _ in range(helpers)]
-        for lock in finished:
-            lock.acquire()
-            self._jobs.put((loop, arguments, lock))
-        return finished
+        jobs = [_Job(loop, arguments) for _ in range(helpers)]
+        for job in jobs:
+            self._jobs.put(job)
+        return jobs
 
     def _serve(self) -> None:
         while True:
-            loop, arguments, finished = self._jobs.get()
-            try:
-                loop(*arguments)
-            finally:
-                finished.release()
+            self._jobs.get().run()
 
 
 _helpers = _Helpers()
@@ -64,7 +83,9 @@ def run(loop: _Loop, pieces: int, *arguments: Any) -> None:
     counter = ctypes.c_int64(0)
     every = (ctypes.addressof(counter), *arguments)
     threads = min(torch.get_num_threads(), pieces)
-    waiting = _helpers.give(loop, every, threads - 1) if threads > 1 else []
-    loop(*every)
-    for finished in waiting:
-        finished.acquire()
+    jobs = _helpers.give(loop, every, threads - 1) if threads > 1 else []
+    try:
+        loop(*every)
+    finally:
+        for job in jobs:
+            job.end()

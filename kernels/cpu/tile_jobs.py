@@ -56,35 +56,37 @@ def clear(typingctx, sums, rows):
 
 
 def block_products(products: Callable[[int], Any], numbers: int) -> Any:
-    """Return a function of loops: add the products of all blocks of inputs with a tile to their sums [row, 32].
+    """Return a function of loops: add products of all blocks of inputs with `count` tiles to sums [tile, row, 32].
 
-    products: returns the intrinsic for a number of rows; its arguments are the addresses of the tile, of a block of
+    products: returns the intrinsic for a number of rows; its arguments are the addresses of a tile, of a block of
     inputs and of its sums, and the depth of the tile. numbers: of 32 bits, that a row of inputs has for each of depth.
     """
     by_4, by_5, by_6, by_7, by_8, by_9, by_10, by_11, by_12 = map(products, range(LEAST_ROWS, MOST_ROWS + 1))
 
     @inline
-    def add_products(tile, inputs, sums, depth, blocks, rows):
+    def add_products(tiles, inputs, sums, depth, blocks, rows, count, tile_bytes):
         for block in range(blocks):
-            x, at = inputs + 4 * numbers * block * depth * rows, sums + block * rows * ROW_BYTES
-            if rows == 12:
-                by_12(tile, x, at, depth)
-            elif rows == 11:
-                by_11(tile, x, at, depth)
-            elif rows == 10:
-                by_10(tile, x, at, depth)
-            elif rows == 9:
-                by_9(tile, x, at, depth)
-            elif rows == 8:
-                by_8(tile, x, at, depth)
-            elif rows == 7:
-                by_7(tile, x, at, depth)
-            elif rows == 6:
-                by_6(tile, x, at, depth)
-            elif rows == 5:
-                by_5(tile, x, at, depth)
-            else:
-                by_4(tile, x, at, depth)
+            x = inputs + 4 * numbers * block * depth * rows
+            for n in range(count):
+                tile, at = tiles + n * tile_bytes, sums + (n * blocks + block) * rows * ROW_BYTES
+                if rows == 12:
+                    by_12(tile, x, at, depth)
+                elif rows == 11:
+                    by_11(tile, x, at, depth)
+                elif rows == 10:
+                    by_10(tile, x, at, depth)
+                elif rows == 9:
+                    by_9(tile, x, at, depth)
+                elif rows == 8:
+                    by_8(tile, x, at, depth)
+                elif rows == 7:
+                    by_7(tile, x, at, depth)
+                elif rows == 6:
+                    by_6(tile, x, at, depth)
+                elif rows == 5:
+                    by_5(tile, x, at, depth)
+                else:
+                    by_4(tile, x, at, depth)
 
     return add_products
 

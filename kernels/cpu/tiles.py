@@ -1,7 +1,7 @@
 """Products of many bfloat16 rows with MXFP4 and bfloat16 matrices by tiles: the launchers of their loops.
 
-Matrices of MXFP4 are multiplied in integers (`integer_tile_loops`), and those of bfloat16 too if the rows are many
-(`dense_integer_loops`), or else in float32 (`dense_tile_loops`). Sums over all inputs are in float32, with the bias;
+Matrices of MXFP4 are multiplied in integers (`integer_tile_loops`), and those of bfloat16 too if the rows are many,
+or else in float32 (`dense_tile_loops`). Sums over all inputs are in float32, with the bias;
 what is returned is rounded once to bfloat16. A row's result does not depend on the other rows, except on whether they
 are many. As many threads take part as torch may use where it is called.
 
@@ -11,23 +11,25 @@ Cost: unpacks a matrix once for each 1,024 rows, which takes as long as multiply
 
 import functools
 import threading
+from collections.abc import Iterable
 
 import torch
 from jaxtyping import BFloat16, Float32, Int
 from torch import Tensor
 
-from workbench.kernels.cpu import FEW_ROWS, dense_integer_loops, dense_tile_loops, integer_tile_loops, threads, vectors
-from workbench.kernels.cpu.integer_tile_loops import GROUP_NUMBERS
+from workbench.kernels.cpu import FEW_ROWS, dense_tile_loops, integer_tile_loops, threads, vectors
+from workbench.kernels.cpu.integer_groups import GROUP_NUMBERS
+from workbench.kernels.cpu.integer_tile_loops import TOGETHER
 from workbench.kernels.cpu.products import Slots
 from workbench.kernels.cpu.tile_jobs import JOB_ROWS, LEAST_ROWS, MOST_ROWS, OUTPUTS
 from workbench.kernels.cpu.vectors import GROUP
 from workbench.kernels.mxfp4 import Mxfp4
 
 _BLOCK_COST = 1  # in rows: a block reads the tile once
+_SHARES = 8  # of the tiles of all jobs, at least, for each thread
 _JOB_ROWS = JOB_ROWS - MOST_ROWS  # blocks may have rows to spare
 
 _dense = functools.cache(dense_tile_loops.compile_all)
-_dense_integer = functools.cache(dense_integer_loops.compile_all)
 _integer = functools.cache(integer_tile_loops.compile_all)
 _own = threading.local()
 
@@ -70,13 +72,14 @@ def dense_linear(
         some, target = x[start : start + _JOB_ROWS], results[start : start + _JOB_ROWS]
         jobs = _jobs([(0, 0, len(some))])
         if in_integers:
-            multiply, depth, inputs = _dense_integer().multiply, width // GROUP, _rounded(some, jobs, width // GROUP)
+            inputs = _rounded(some, jobs, width // GROUP)
+            _multiply_integers(jobs, None, weight, None, inputs, bias, target)
         else:
-            multiply, depth, inputs = _dense().multiply, width, _widened(some, jobs)
-        threads.run(
-            multiply, len(weight) // OUTPUTS, _thread_memory().data_ptr(), jobs.data_ptr(), len(jobs),
-            weight.data_ptr(), depth, len(weight), inputs.data_ptr(), _address(bias), target.data_ptr(),
-        )  # fmt: skip
+            inputs = _widened(some, jobs)
+            threads.run(
+                _dense().multiply, len(weight) // OUTPUTS, _thread_memory().data_ptr(), jobs.data_ptr(), len(jobs),
+                weight.data_ptr(), width, len(weight), inputs.data_ptr(), _address(bias), target.data_ptr(),
+            )  # fmt: skip
     return results
 
 
@@ -119,18 +122,34 @@ def expert_linear(
 ) -> BFloat16[Tensor, "tokens slot outputs"]:
     """Return x times its expert's matrix, plus its bias, for every slot; x has one row for each token or slot."""
     ends = slots.ends.tolist()
-    ranges = zip(slots.hit.tolist(), [0, *ends[:-1]], ends, strict=True)
-    jobs = _jobs(
-        [
-            (expert, start, min(_JOB_ROWS, end - start))
-            for expert, first, end in ranges
-            for start in range(first, end, _JOB_ROWS)
-        ]
-    )
+    counts = [end - first for first, end in zip([0, *ends[:-1]], ends, strict=True)]
     results = x.new_empty(*slots.experts.shape, weight.scales.shape[-2])
     sources = slots.order // (slots.experts.numel() // len(x))
-    _multiply_packed(x.contiguous(), weight, bias, jobs, sources, slots.order, results)
+    write_expert_rows(x, weight, bias, zip(slots.hit.tolist(), counts, strict=True), sources, slots.order, results)
     return results
+
+
+def write_expert_rows(
+    x: BFloat16[Tensor, "rows inputs"],
+    weight: Mxfp4,
+    bias: BFloat16[Tensor, "expert outputs"],
+    counts: Iterable[tuple[int, int]],
+    sources: Int[Tensor, " number"] | None,
+    targets: Int[Tensor, " number"] | None,
+    results: BFloat16[Tensor, "*results outputs"],
+) -> None:
+    """Write products of rows with their experts' matrices, plus their biases, into the results.
+
+    counts: experts, and how many rows each of them multiplies. sources, targets: rows of x and of the results, in the
+    order of the experts; the rows in their order by default.
+    """
+    jobs, first = [], 0
+    for expert, count in counts:
+        jobs += [
+            (expert, start, min(_JOB_ROWS, first + count - start)) for start in range(first, first + count, _JOB_ROWS)
+        ]
+        first += count
+    _multiply_packed(x.contiguous(), weight, bias, _jobs(jobs), sources, targets, results)
 
 
 def _multiply_packed(
@@ -143,12 +162,27 @@ def _multiply_packed(
     results: Tensor,
 ) -> None:
     """Write the products of jobs [job field] with their matrices into the results [... outputs]."""
-    outputs, groups = weight.scales.shape[-2:]
-    inputs = _rounded(x, jobs, groups, sources, limited=False)
+    inputs = _rounded(x, jobs, weight.scales.shape[-1], sources, limited=False)
+    _multiply_integers(jobs, targets, weight.blocks, weight.scales, inputs, bias, results)
+
+
+def _multiply_integers(
+    jobs: Tensor,
+    targets: Tensor | None,
+    matrix: Tensor,
+    scales: Tensor | None,
+    inputs: Tensor,
+    bias: Tensor | None,
+    results: Tensor,
+) -> None:
+    """Write the products of arranged inputs with packed matrices or, without scales, one of bfloat16."""
+    outputs, groups = (len(matrix), matrix.shape[1] // GROUP) if scales is None else scales.shape[-2:]
+    pieces = len(jobs) * (outputs // OUTPUTS)
+    together = max(1, min(TOGETHER, pieces // (_SHARES * torch.get_num_threads())))
     threads.run(
-        _integer().multiply, len(jobs) * (outputs // OUTPUTS), _thread_memory().data_ptr(), jobs.data_ptr(), len(jobs),
-        _address(targets), weight.blocks.data_ptr(), weight.scales.data_ptr(), groups, outputs, inputs.data_ptr(),
-        _address(bias), results.data_ptr(),
+        _integer().multiply, pieces, _thread_memory().data_ptr(), jobs.data_ptr(), len(jobs), together,
+        _address(targets), matrix.data_ptr(), _address(scales), groups, outputs, inputs.data_ptr(), _address(bias),
+        results.data_ptr(),
     )  # fmt: skip
 
 

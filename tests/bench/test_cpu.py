@@ -23,19 +23,29 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_model_is_timed_at_every_length(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = cpu.run([200, 50], rounds=2, threads=1, checkpoint=checkpoint, long=300)
+    result = cpu.run([200, 50], rounds=1, threads=1, checkpoint=checkpoint, long=300)
     assert [row["tokens"] for row in result["lengths"]] == [50, 200]
     assert set(result["load_s"]) == {"workbench", "transformers"}
     for row in result["lengths"]:
-        assert 0 < row["workbench_s"] < 30
+        assert row["workbench_s"] > 0
         assert 5e7 < row["workbench_bytes"] < 4e9
-        assert row["speed_beside_transformers"] == pytest.approx(row["transformers_s"] / row["workbench_s"], rel=1)
+        assert row["speed_beside_transformers"] == pytest.approx(row["transformers_s"] / row["workbench_s"])
         assert row["recording"] > -1
     table = capsys.readouterr().out
     assert "50" in table
     assert "1 threads" in table
     assert result["long"]["tokens"] == 300
     assert "300 tokens, recorded" in table
+
+
+def test_a_slow_minute_of_both_does_not_change_their_ratio() -> None:
+    seconds = {("workbench", "plain", 50): [1.0, 10.0, 1.0], ("workbench", "recorded", 50): [1.1, 11.0, 1.2]}
+    seconds["transformers", "plain", 50] = [2.0, 20.0, 3.0]
+    memory = {("workbench", 50): 1e9, ("transformers", 50): 2e9}
+    row = cpu._compare(50, seconds, memory, ["transformers"])
+    assert row["speed_beside_transformers"] == 2
+    assert row["recording"] == pytest.approx(0.1)
+    assert row["transformers_s"] / row["workbench_s"] == 3, "negative control: the ratio of the medians"
 
 
 def test_decoding_is_timed_beside_every_baseline(

@@ -1,5 +1,6 @@
 """Whatever happens to a job, nothing is lost, and what it ends with is what an undisturbed one ends with."""
 
+import contextlib
 import errno
 import json
 import os
@@ -180,17 +181,29 @@ def test_kills_of_a_capture_into_s3_lose_nothing(
         assert {key: storage.read(key) for key in storage.files() if key != "zarr.json"} == stored(undisturbed), number
 
 
+HELD_AT_THE_SECOND_UNIT = """
+import os, sys, time
+from workbench.capture import pipeline
+compute, units = pipeline.compute, []
+def held(*arguments):
+    units.append(arguments)
+    while len(units) > 1 and not os.path.exists("{signalled}"):
+        time.sleep(0.01)
+    return compute(*arguments)
+pipeline.compute = held
+sys.argv = ["workbench", *sys.argv[1:]]
+from workbench.cli import main
+main()
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_stops_a_job_cleanly_and_states_how_to_go_on(
     nano: GptOss, transcripts: Path, undisturbed: Path, tmp_path: Path, stored: Stored, number: signal.Signals
 ) -> None:
     path = tmp_path / "run"
-    slow = (
-        "import time, workbench.capture.pipeline as p; c = p.compute; "
-        "p.compute = lambda *a: (time.sleep(0.5), c(*a))[1]"
-    )
-    code = f"{slow}; import sys; sys.argv = ['workbench', *sys.argv[1:]]; from workbench.cli import main; main()"
+    code = HELD_AT_THE_SECOND_UNIT.format(signalled=tmp_path / "signalled")
     child = subprocess.Popen(
         [sys.executable, "-c", code, *command(transcripts, path)[3:]], stderr=subprocess.PIPE, text=True
     )
@@ -198,6 +211,7 @@ def test_a_signal_stops_a_job_cleanly_and_states_how_to_go_on(
     while not list(path.glob("units/committed/c/*")) and time.monotonic() < deadline and child.poll() is None:
         time.sleep(0.01)
     child.send_signal(number)
+    (tmp_path / "signalled").touch()
     _, err = child.communicate(timeout=600)
     assert child.returncode == 1, err
     assert (
@@ -308,12 +322,14 @@ def test_a_killed_worker_costs_its_unit_only(
     workers: list[psutil.Process] = []
     deadline = time.monotonic() + 600
     while not list(path.glob("tokens/id/c/*")) and time.monotonic() < deadline and job.poll() is None:
+        if not workers:
+            with contextlib.suppress(psutil.NoSuchProcess):  # a process of the job that ended meanwhile
+                children = psutil.Process(job.pid).children(recursive=True)
+                workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
         time.sleep(0.005)
-    for child in psutil.Process(job.pid).children(recursive=True):
-        if "spawn_main" in " ".join(child.cmdline()):
-            workers.append(child)
     assert workers, "no worker was found"
-    workers[0].send_signal(signal.SIGKILL)
+    with contextlib.suppress(psutil.NoSuchProcess):  # the job may be done by then
+        workers[0].send_signal(signal.SIGKILL)
     _, err = job.communicate(timeout=300)
     assert job.returncode == 0, err
     assert stored(path) == stored(undisturbed)

@@ -49,6 +49,7 @@ OUTPUTS: dict[tuple[str, str], str] = {
 }
 INPUTS = {
     "recipe",
+    "recipes",  # a folder; `tests/live/test_recipe_folder.py` tests what viewers may write in it
     "prompts",
     "transcripts",
     "file",

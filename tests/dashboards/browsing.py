@@ -1,6 +1,5 @@
 """A browser for tests of the dashboard: a server as a user starts it, and a page that remembers its complaints."""
 
-import contextlib
 import json
 import re
 import signal
@@ -10,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.browser import WAIT_MS, open_page, read_until
 from tests.serving import free_port, wait_for
 
 playwright = pytest.importorskip("playwright.sync_api")
-from playwright.sync_api import Browser, Error, Frame, Page, expect  # noqa: E402
+from playwright.sync_api import Browser, Frame, Page  # noqa: E402
 
-expect.set_options(timeout=300_000)  # five seconds, the default, are too few on a busy machine
 SCREENSHOTS = Path(__file__).parents[2] / "screenshots"
 
 # names of controls that a screen reader would not find
@@ -51,14 +50,13 @@ class Session:
     """A page that remembers what it asked for and complained of."""
 
     def __init__(self, browser: Browser, url: str, width: int = 1280) -> None:
-        self.page: Page = browser.new_page(viewport={"width": width, "height": 900})
-        self.page.set_default_timeout(300_000)  # as of `expect`: half a minute is too little on a busy machine
+        self.page: Page = open_page(browser, viewport={"width": width, "height": 900})
         self.foreign: list[str] = []
         self.errors: list[str] = []
         self.page.on("request", self._request)
         self.page.on("console", lambda m: self.errors.append(m.text) if m.type == "error" else None)
         self.page.on("pageerror", self._page_error)
-        self.page.goto(url, timeout=300_000)
+        self.page.goto(url)
 
     def _page_error(self, error: object) -> None:
         # Panel 1.9 now and then resizes the wrong element while a figure is drawn; it is drawn all the same.
@@ -78,29 +76,34 @@ class Session:
                  if (e.shadowRoot) walk(e.shadowRoot); } }; walk(document); return all.length >= count }""",
             arg=count,
             polling=200,  # ms; the default is each frame, and walks through all elements as often
-            timeout=300_000,
+            timeout=WAIT_MS,
         )
         return self
 
 
-def heat(page: Page) -> list[list[float]]:
-    """The numbers of the first heat map, as the browser holds them."""
-    values = page.evaluate(
-        """() => { let found = null; const walk = root => { for (const e of root.querySelectorAll('*')) {
-             if (!found && e.classList.contains('js-plotly-plot')) {
-               const t = (e.data || []).find(t => t.type === 'heatmap');
-               if (t) found = Array.from(t.customdata || t.z).length + '|' + JSON.stringify((t.z._inputArray || t.z)); }
-             if (e.shadowRoot) walk(e.shadowRoot); } }; walk(document); return found }"""
-    )
-    assert values, "no heat map"
-    return json.loads(values.split("|", 1)[1])  # type: ignore[no-any-return]
+# the numbers of the drawn heat map of this name as JSON, and null until it is drawn
+_HEAT = """name => { let drawn = null; const walk = root => { for (const e of root.querySelectorAll('*')) {
+  if (e.classList.contains('js-plotly-plot') && e.layout?.meta === name && e.querySelector('.main-svg')) {
+    const t = (e.data || []).find(t => t.type === 'heatmap'); if (t) drawn = JSON.stringify(t.z._inputArray || t.z); }
+  if (e.shadowRoot) walk(e.shadowRoot); } }; walk(document); return drawn }"""
 
 
-def frame_of(session: Session) -> Frame:
-    for _ in range(1200):  # five minutes, as of `expect`
+def heat(page: Page, name: str) -> list[list[float]]:
+    """The numbers of the heat map of this name, as the browser holds them, when it is drawn.
+
+    Another selection draws a new figure, which comes after its address.
+    """
+    values = read_until(page, lambda: page.evaluate(_HEAT, name), lambda text: text is not None)
+    return json.loads(values)  # type: ignore[no-any-return]
+
+
+def frame_of(session: Session, drawn: str = ".t") -> Frame:
+    """The frame of a page when it has such elements: tokens of a conversation, if nothing else is given."""
+
+    def read() -> Frame | None:
         frames = [f for f in session.page.frames if f != session.page.main_frame]
-        with contextlib.suppress(Error):  # a frame that was replaced meanwhile
-            if frames and frames[0].locator(".t").count():
-                return frames[0]
-        session.page.wait_for_timeout(250)
-    pytest.fail("no conversation is shown")
+        return frames[0] if frames and frames[0].locator(drawn).count() else None
+
+    frame = read_until(session.page, read, lambda frame: frame is not None)
+    assert frame is not None
+    return frame

@@ -21,6 +21,7 @@ import pytest
 from bokeh.server.connection import ServerConnection
 from tornado.websocket import WebSocketClosedError
 
+from tests.browser import expect_value, open_page, read_until
 from tests.cli.running import run_command
 from tests.dashboards.browsing import SCREENSHOTS, UNNAMED, Session, frame_of, heat, serve, stop
 from tests.runs.conftest import make_older
@@ -56,15 +57,13 @@ def test_it_is_readable_on_a_wide_screen(demo: str, browser: Browser) -> None:
 
 def test_choosing_an_effort_changes_the_heat_map_and_the_link_reopens_it(demo: str, browser: Browser) -> None:
     session = Session(browser, f"{demo}/experts?channel=final&effort=high").drawn()
-    before = heat(session.page)
+    before = heat(session.page, "demo-relative-final-high-all")
     session.page.get_by_role("button", name="low", exact=True).click()
-    session.page.wait_for_url(re.compile("effort=low"), timeout=300_000)
-    session.page.wait_for_timeout(1500)
-    after = heat(session.page)
+    session.page.wait_for_url(re.compile("effort=low"))
+    after = heat(session.page, "demo-relative-final-low-all")
     assert after != before
-    again = Session(browser, session.page.url).drawn()
-    again.page.wait_for_timeout(500)
-    assert heat(again.page) == after
+    again = Session(browser, session.page.url)
+    assert heat(again.page, "demo-relative-final-low-all") == after
     assert session.errors == again.errors == []
 
 
@@ -103,7 +102,7 @@ def test_a_deleted_run_is_named_as_missing(three_runs: tuple[str, Path], browser
     url, folder = three_runs
     shutil.rmtree(folder / "gone.zarr")
     session = Session(browser, f"{url}/overview?run=gone")
-    expect(session.page.get_by_text("gone.zarr does not exist").first).to_be_visible(timeout=300_000)
+    expect(session.page.get_by_text("gone.zarr does not exist").first).to_be_visible()
 
 
 @pytest.mark.parametrize(
@@ -120,12 +119,10 @@ def test_every_page_shows_its_figures_and_methods(
     demo: str, browser: Browser, page: str, figures: int, theme: str
 ) -> None:
     session = Session(browser, f"{demo}/{page}?theme={theme}").drawn(figures)
-    paper = session.page.evaluate(
-        """() => { let found = ''; const walk = root => { for (const e of root.querySelectorAll('*')) {
-             if (e.classList.contains('js-plotly-plot')) found = e.layout.template.layout.paper_bgcolor;
-             if (e.shadowRoot) walk(e.shadowRoot); } }; walk(document); return found }"""
-    )
-    assert paper == {"light": "#ffffff", "dark": "#14171c"}[theme]
+    paper = """() => { let found = ''; const walk = root => { for (const e of root.querySelectorAll('*')) {
+         if (e.classList.contains('js-plotly-plot')) found = e.layout.template.layout.paper_bgcolor;
+         if (e.shadowRoot) walk(e.shadowRoot); } }; walk(document); return found }"""
+    expect_value(session.page, lambda: session.page.evaluate(paper), {"light": "#ffffff", "dark": "#14171c"}[theme])
     words = "Accuracy vs. reasoning length" if page == "overview" else "Methods"
     expect(session.page.get_by_text(words).first).to_be_attached()
     session.page.wait_for_timeout(800)
@@ -138,45 +135,46 @@ def test_another_figure_is_in_the_link_and_its_numbers_can_be_had(demo: str, bro
     session = Session(browser, f"{demo}/sinks?figure=position_layer_1").drawn(3)
     expect(session.page.get_by_text("Sink attention by position, layer 1").first).to_be_visible()
     session.page.locator("select").last.select_option(label="Analysis vs. final, at equal position")
-    session.page.wait_for_url(re.compile("figure=analysis_vs_final_matched"), timeout=300_000)
-    expect(session.page.get_by_text("within prompts, at equal position").first).to_be_visible(timeout=300_000)
-    session.page.wait_for_timeout(500)
-    with session.page.expect_download(timeout=300_000) as download:
-        session.page.get_by_text("numbers as CSV").last.click()
-    content = Path(download.value.path()).read_text()
-    assert content.startswith("layer,head,")
-    assert len(content.splitlines()) == 1 + 4 * 8
+    session.page.wait_for_url(re.compile("figure=analysis_vs_final_matched"))
+    expect(session.page.get_by_text("within prompts, at equal position").first).to_be_visible()
+
+    def download_numbers() -> list[str]:
+        with session.page.expect_download() as download:
+            session.page.get_by_text("numbers as CSV").last.click()
+        return Path(download.value.path()).read_text().splitlines()
+
+    lines = read_until(session.page, download_numbers, lambda lines: lines[0].startswith("layer,head,"))
+    assert len(lines) == 1 + 4 * 8
     assert session.errors == []
 
 
 def test_back_and_forward_change_the_page(demo: str, browser: Browser) -> None:
     session = Session(browser, f"{demo}/experts?channel=final&effort=high").drawn()
-    before = heat(session.page)
+    before = heat(session.page, "demo-relative-final-high-all")
     session.page.get_by_role("button", name="low", exact=True).click()
     session.page.wait_for_url(re.compile("effort=low"))
     expect(session.page.get_by_text("uniform: final, low").first).to_be_visible()
-    after = heat(session.page)
+    after = heat(session.page, "demo-relative-final-low-all")
     assert after != before
     session.page.go_back()
     session.page.wait_for_url(re.compile("effort=high"))
     expect(session.page.get_by_text("uniform: final, high").first).to_be_visible()
-    session.drawn()
-    assert heat(session.page) == before
+    assert heat(session.page, "demo-relative-final-high-all") == before
     session.page.go_forward()
     session.page.wait_for_url(re.compile("effort=low"))
     expect(session.page.get_by_text("uniform: final, low").first).to_be_visible()
-    session.drawn()
-    assert heat(session.page) == after
+    assert heat(session.page, "demo-relative-final-low-all") == after
     assert session.errors == []
 
 
 def test_from_a_cell_to_the_token_of_an_example(demo: str, browser: Browser) -> None:
-    session = Session(browser, f"{demo}/experts?channel=analysis").drawn()
-    session.page.wait_for_timeout(500)
+    session = Session(browser, f"{demo}/experts?channel=analysis")
+    heat(session.page, "demo-relative-analysis-all-all")
     session.page.evaluate(
         """() => { let found = null; const walk = root => { for (const e of root.querySelectorAll('*')) {
-             if (!found && e.classList.contains('js-plotly-plot')) found = e; if (e.shadowRoot) walk(e.shadowRoot); } };
-           walk(document); 
+             if (e.classList.contains('js-plotly-plot') && e.layout.meta.startsWith('demo-relative-')) found = e;
+             if (e.shadowRoot) walk(e.shadowRoot); } };
+           walk(document);
            found.emit('plotly_click', {points: [{x: 5, y: 1, curveNumber: 0, pointNumber: [1, 5]}]}) }"""
     )
     expect(session.page.get_by_role("heading", name="Layer 1, expert 5")).to_be_visible()
@@ -185,10 +183,10 @@ def test_from_a_cell_to_the_token_of_an_example(demo: str, browser: Browser) -> 
     address = dict(parse_qsl(urlsplit(link.get_attribute("href") or "").query))
     link.click()
     frame = frame_of(session)
-    pin, by, layer, expert = frame.evaluate("[pinned, $('by').value, $('layer').value, $('expert').value]")
-    assert (str(pin), by, layer, expert) == (address["pin"], "expert", "1", "5")
+    choices = "[String(pinned), $('by').value, $('layer').value, $('expert').value]"
+    expect_value(session.page, lambda: frame.evaluate(choices), [address["pin"], "expert", "1", "5"])
     assert frame.evaluate("experts(1, pinned).includes(5)"), "the example was routed to the expert"
-    assert frame.locator(".t.pin").count() == 1
+    expect(frame.locator(".t.pin")).to_have_count(1)
     frame.locator("#by").select_option("surprisal")
     session.page.wait_for_url(re.compile("colour=surprisal"))
     assert session.errors == []
@@ -197,9 +195,8 @@ def test_from_a_cell_to_the_token_of_an_example(demo: str, browser: Browser) -> 
 def test_every_control_and_picture_of_a_page_has_a_name(demo: str, browser: Browser) -> None:
     """What a screen reader needs: names of controls, one main heading, a language, no positive tab index."""
     session = Session(browser, f"{demo}/experts").drawn()
-    unnamed = session.page.evaluate(UNNAMED)
-    assert unnamed == []
-    assert session.page.locator("h1").count() == 1
+    expect_value(session.page, lambda: session.page.evaluate(UNNAMED), [])
+    expect(session.page.locator("h1")).to_have_count(1)
     assert session.page.evaluate("document.documentElement.lang") == "en"
     session.page.evaluate("document.body.append(document.createElement('select'))")
     reported = session.page.evaluate(UNNAMED)
@@ -212,8 +209,7 @@ def test_a_password_file_requires_a_password(demo_run: Path, tmp_path: Path, bro
     users.chmod(0o600)
     server, url = serve(str(demo_run), "--basic-auth", str(users))
     try:
-        page = browser.new_page()
-        page.set_default_timeout(300_000)
+        page = open_page(browser)
         page.goto(f"{url}/overview")
         assert "Tokens by channel" not in page.content()
         page.fill("input[name=username]", "ada")
@@ -226,30 +222,31 @@ def test_a_password_file_requires_a_password(demo_run: Path, tmp_path: Path, bro
 
 def test_an_expert_s_page_is_in_the_link(demo: str, browser: Browser) -> None:
     session = Session(browser, f"{demo}/experts?channel=analysis&layer=1&expert=5").drawn(2)
-    expect(session.page.get_by_text("Layer 1, expert 5").first).to_be_visible(timeout=300_000)
-    expect(session.page.get_by_text("Over-represented tokens").first).to_be_attached(timeout=300_000)
+    expect(session.page.get_by_text("Layer 1, expert 5").first).to_be_visible()
+    expect(session.page.get_by_text("Over-represented tokens").first).to_be_attached()
     session.page.get_by_text("Co-activation and transitions").first.click()
     session.drawn(4)
-    expect(session.page.get_by_text("From layer 1 to 2: analysis").first).to_be_attached(timeout=300_000)
+    expect(session.page.get_by_text("From layer 1 to 2: analysis").first).to_be_attached()
     assert session.errors == []
 
 
 def test_a_head_s_page_is_in_the_link(demo: str, browser: Browser) -> None:
     session = Session(browser, f"{demo}/sinks?layer=1&head=3").drawn(3)
-    expect(session.page.get_by_text("Layer 1, head 3").first).to_be_visible(timeout=300_000)
+    expect(session.page.get_by_text("Layer 1, head 3").first).to_be_visible()
     expect(session.page.get_by_text("Mean sink attention (%)").first).to_be_attached()
-    expect(session.page.get_by_text("Layer 1, head 3 by position").first).to_be_attached(timeout=300_000)
+    expect(session.page.get_by_text("Layer 1, head 3 by position").first).to_be_attached()
     assert session.errors == []
 
 
 @pytest.mark.parametrize(("label", "start"), [("SVG", b"<svg"), ("PNG", b"\x89PNG")])
 def test_a_figure_is_downloaded(demo: str, browser: Browser, label: str, start: bytes) -> None:
-    session = Session(browser, f"{demo}/experts?channel=final").drawn()
-    with session.page.expect_download(timeout=300_000) as download:
+    session = Session(browser, f"{demo}/experts?channel=final")
+    heat(session.page, "demo-relative-final-all-all")  # it is drawn, or there is nothing to save
+    with session.page.expect_download() as download:
         session.page.get_by_role("button", name=label, exact=True).first.click()
     assert Path(download.value.path()).read_bytes().startswith(start)
     assert download.value.suggested_filename == f"demo-relative-final-all-all.{label.lower()}"
-    with session.page.expect_download(timeout=300_000) as download:
+    with session.page.expect_download() as download:
         session.page.get_by_role("link", name="Numbers as CSV").first.click()
     assert Path(download.value.path()).read_text().startswith("channel,")
     assert session.errors == []
@@ -259,17 +256,14 @@ def test_a_selection_is_kept_on_the_next_page_by_keyboard(demo: str, browser: Br
     session = Session(browser, f"{demo}/experts").drawn()
     for name, choice in (("Channel", "final"), ("Task", "product"), ("Layer", "2")):
         session.page.get_by_label(name, exact=True).select_option(label=choice)
-        session.page.wait_for_url(re.compile(f"{name.lower()}={choice}"), timeout=300_000)
-    expect(session.page.get_by_text("Expert load relative to uniform: final, product").first).to_be_visible(
-        timeout=300_000
-    )
-    session.page.wait_for_timeout(500)
+        session.page.wait_for_url(re.compile(f"{name.lower()}={choice}"))
+    expect(session.page.get_by_text("Expert load relative to uniform: final, product").first).to_be_visible()
     session.page.get_by_role("link", name="Attention sinks").focus()
     session.page.keyboard.press("Enter")
-    session.page.wait_for_url(re.compile("/sinks.*channel=final.*task=product"), timeout=300_000)
+    session.page.wait_for_url(re.compile("/sinks.*channel=final.*task=product"))
     session.drawn()
-    expect(session.page.get_by_text("Sink attention: final, product").first).to_be_visible(timeout=300_000)
-    expect(session.page.get_by_text("Layer 2, head 0").first).to_be_visible(timeout=300_000)
+    expect(session.page.get_by_text("Sink attention: final, product").first).to_be_visible()
+    expect(session.page.get_by_text("Layer 2, head 0").first).to_be_visible()
     assert session.errors == []
 
 
@@ -282,7 +276,7 @@ def test_panel_serve_shows_the_same_pages(demo_run: Path, browser: Browser) -> N
         wait_for(port, server)
         session = Session(browser, f"http://localhost:{port}/app?page=experts").drawn()
         session.page.get_by_role("link", name="Effort").click()
-        session.page.wait_for_url(re.compile("page=effort"), timeout=300_000)
+        session.page.wait_for_url(re.compile("page=effort"))
         session.drawn()
         expect(session.page.get_by_text("Accuracy vs. reasoning length").first).to_be_visible()
         assert session.errors == []
@@ -295,7 +289,7 @@ def test_two_runs_are_compared_and_one_asks_for_another(
     demo: str, three_runs: tuple[str, Path], browser: Browser
 ) -> None:
     alone = Session(browser, f"{demo}/compare")
-    expect(alone.page.get_by_text("Start the dashboard with two runs").first).to_be_visible(timeout=300_000)
+    expect(alone.page.get_by_text("Start the dashboard with two runs").first).to_be_visible()
     session = Session(browser, f"{three_runs[0]}/compare").drawn()
     expect(session.page.get_by_text("routers agree on 100.0 %").first).to_be_attached()
     assert session.errors == []
@@ -312,9 +306,9 @@ def test_a_run_that_is_written_shows_moving_progress(tmp_path: Path, browser: Br
         server, url = serve(str(tmp_path / "r.zarr"))
         try:
             session = Session(browser, f"{url}/overview")
-            expect(session.page.get_by_text(f"1 of {len(layout.units)} units, ").first).to_be_visible(timeout=300_000)
+            expect(session.page.get_by_text(f"1 of {len(layout.units)} units, ").first).to_be_visible()
             write_unit(writer, 1)
-            expect(session.page.get_by_text(f"2 of {len(layout.units)} units, ").first).to_be_visible(timeout=300_000)
+            expect(session.page.get_by_text(f"2 of {len(layout.units)} units, ").first).to_be_visible()
             shutil.rmtree(tmp_path / "r.zarr" / "tokens")
             session.page.wait_for_timeout(2500)
             expect(session.page.get_by_text("Overview").first).to_be_visible()

@@ -1,6 +1,5 @@
 """Conversations in a real browser: colours, search, replay, links, and text that stays text."""
 
-import contextlib
 import random
 import re
 from pathlib import Path
@@ -9,10 +8,12 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 import pytest
 
 import workbench as wb
+from tests.browser import expect_value, read_until
 from tests.dashboards.browsing import SCREENSHOTS, Session, frame_of, serve, stop
+from tests.dashboards.test_pages import violations
 
 playwright = pytest.importorskip("playwright.sync_api")
-from playwright.sync_api import Browser, Error, expect  # noqa: E402
+from playwright.sync_api import Browser, expect  # noqa: E402
 
 pytestmark = pytest.mark.browser
 
@@ -21,32 +22,35 @@ def test_a_conversation_is_coloured_described_searched_and_replayed(demo: str, b
     session = Session(browser, f"{demo}/transcript?task=product&effort=high")
     frame = frame_of(session)
     tokens = frame.locator(".t")
-    assert tokens.count() > 60
-    text = frame.locator("#text").inner_text()
-    assert "assistant · analysis" in text
-    assert "Reasoning: high" in text
+    expect(tokens.nth(60)).to_be_attached()
+    text = frame.locator("#text")
+    expect(text).to_contain_text("assistant · analysis")
+    expect(text).to_contain_text("Reasoning: high")
     tokens.nth(30).hover()
-    description = frame.locator("#details").inner_text()
-    assert all(f"layer {layer}" in description for layer in range(4))
+    for layer in range(4):
+        expect(frame.locator("#details")).to_contain_text(f"layer {layer}")
     frame.select_option("#by", "expert")
     frame.select_option("#expert", "5")
-    coloured = frame.evaluate("spans.filter(s => s.style.background).length")
-    experts_ = frame.evaluate("spans.filter((s, i) => experts(0, i).includes(5)).length")
-    assert coloured == experts_ > 0
+    routed = frame.evaluate("spans.filter((s, i) => experts(0, i).includes(5)).length")
+    assert routed > 0
+    expect_value(session.page, lambda: frame.evaluate("spans.filter(s => s.style.background).length"), routed)
     frame.select_option("#by", "surprisal")
-    assert re.fullmatch(r"0\.00\s+≥ [1-9].*\(answer only\)", frame.locator("#scale").inner_text().strip())
+    expect(frame.locator("#scale")).to_have_text(re.compile(r"^\s*0\.00\s+≥ [1-9].*\(answer only\)\s*$"))
     frame.fill("#find", "reasoning: high")
-    assert frame.locator(".t.hit").count() >= 2
+    expect(frame.locator(".t.hit").nth(1)).to_be_attached()
     frame.fill("#find", "1")
     hits, number = frame.locator("#hits"), frame.evaluate("hits.length")
     assert number > 2
+    expect(hits).to_have_text(f"1 of {number} hits")
+    marked = "spans.flatMap((s, i) => s.classList.contains('at') ? [i] : [])"
     for keys, now in (("Enter", 2), ("Shift+Enter", 1), ("Shift+Enter", number)):
         frame.press("#find", keys)
         expect(hits).to_have_text(f"{now} of {number} hits")
-        marked = "spans.flatMap((s, i) => s.classList.contains('at') ? [i] : [])"
-        assert frame.evaluate(marked) == list(range(*frame.evaluate(f"hits[{now - 1}]")))
+        wanted = list(range(*frame.evaluate(f"hits[{now - 1}]")))
+        expect_value(session.page, lambda: frame.evaluate(marked), wanted)
     expect(tokens.nth(30)).to_be_visible()
     frame.get_by_role("button", name="Fold all").click()
+    expect(tokens.nth(30)).to_be_hidden()
     assert not any(frame.evaluate("spans.map(s => s.offsetHeight > 0)")), "negative control: one was visible before"
     frame.get_by_role("button", name="next hit").click()
     expect(frame.locator(".t.at").first).to_be_visible()  # its message is unfolded
@@ -56,11 +60,11 @@ def test_a_conversation_is_coloured_described_searched_and_replayed(demo: str, b
     expect(tokens.nth(30)).to_be_visible()
     frame.select_option("#speed", "100")
     frame.click("#play")
-    session.page.wait_for_timeout(400)
+    frame.wait_for_function("now > 0")
     session.page.screenshot(path=SCREENSHOTS / "transcript-1280.png")
-    partly = frame.evaluate("[now, counts[0].reduce((a, b) => a + b, 0)]")
-    assert partly[0] > 0
-    assert partly[1] == 4 * partly[0]
+    replayed, routed = frame.evaluate("[now, counts[0].reduce((a, b) => a + b, 0)]")
+    assert replayed > 0
+    assert routed == 4 * replayed
     frame.wait_for_function("now >= n && timer === null")
     assert session.errors == []
     assert session.foreign == []
@@ -86,7 +90,7 @@ def test_random_links_reopen_what_they_name(demo: str, demo_run: Path, browser: 
     """Also where the filters of the link do not contain its conversation."""
     run, rng = wb.open_run(demo_run), random.Random(7)
     session = Session(browser, f"{demo}/overview")
-    outside = 0
+    view, outside = "[$('by').value, $('layer').value, $('expert').value, String(pinned), String(now)]", 0
     for _ in range(30 if long else 8):
         page, asked = link_of(rng)
         session.page.goto(f"{demo}/{page}?{urlencode(asked)}")
@@ -98,30 +102,57 @@ def test_random_links_reopen_what_they_name(demo: str, demo_run: Path, browser: 
             number = int(asked["sequence"])
             outside += run.sequences.loc[number, "effort"] != asked["effort"]
             expect(session.page.get_by_text(f"Id {run.sequences.loc[number, 'id']}").first).to_be_visible()
-            view = frame_of(session).evaluate(
-                "[$('by').value, $('layer').value, $('expert').value, String(pinned), String(now)]"
-            )
-            assert view == [asked[name] for name in ("colour", "layer", "expert", "pin", "position")]
+            wanted = [asked[name] for name in ("colour", "layer", "expert", "pin", "position")]
+            expect_value(session.page, lambda: frame_of(session).evaluate(view), wanted)
         query = dict(parse_qsl(urlsplit(session.page.url).query))
         assert asked.items() <= query.items()
     assert outside, "otherwise the links prove nothing about filters"
     assert session.errors == []
 
 
+def test_the_table_of_conversations_is_filtered_sorted_and_leads_to_one(demo: str, browser: Browser) -> None:
+    session = Session(browser, f"{demo}/transcript?effort=high")
+    page = session.page
+    title = page.get_by_role("button", name="Table of conversations")
+    expect(title).to_be_visible()
+    expect(page.locator(".tabulator-row")).to_have_count(0)  # it is made when it is opened
+    title.click()
+    expect(page.get_by_text("The same in all: ")).to_contain_text("effort high")
+    rows = page.locator(".tabulator-row")
+    expect(rows).to_have_count(15)
+    expect(rows.first).to_contain_text("/high/0")
+    assert violations(page.main_frame, []) == []
+    page.locator(".tabulator-col", has_text="conversation").locator("input").press_sequentially("chain-0")
+    expect(rows.first).to_contain_text("chain-0")
+    page.locator(".tabulator-col-title", has_text="answer tokens").click()
+    lengths = "a => a.map(r => Number(r.querySelector('[tabulator-field=\"answer tokens\"]').textContent))"
+    shown = rows.evaluate_all(lengths)
+    for _ in range(600):  # until the table is sorted
+        if shown == sorted(shown):
+            break
+        page.wait_for_timeout(200)
+        shown = rows.evaluate_all(lengths)
+    assert shown == sorted(shown)
+    assert len(set(shown)) > 3, "negative control: rows differ"
+    link = rows.first.get_by_role("link")
+    name = link.inner_text()
+    link.click()
+    expect(page.get_by_text(f"Id {name}").first).to_be_visible()
+    assert (session.errors, session.foreign) == ([], [])
+
+
 def test_next_opens_another_conversation_and_the_link_reopens_it(demo: str, browser: Browser) -> None:
     session = Session(browser, f"{demo}/transcript")
-    before = shown = frame_of(session).locator("#text").text_content()
+
+    def text(session: Session) -> str | None:
+        return frame_of(session).locator("#text").text_content(timeout=5000)  # ms; its frame may be replaced meanwhile
+
+    before = read_until(session.page, lambda: text(session), bool)
     session.page.get_by_text("next ›").click()
-    session.page.wait_for_url(re.compile(r"sequence=\d+"))
-    for _ in range(1200):  # five minutes: the address changes before the conversation is drawn
-        with contextlib.suppress(Error):  # a frame that was replaced meanwhile
-            shown = frame_of(session).locator("#text").text_content(timeout=5000)
-        if shown != before:
-            break
-        session.page.wait_for_timeout(250)
-    assert shown != before
+    session.page.wait_for_url(re.compile(r"sequence=\d+"))  # before the conversation is drawn
+    shown = read_until(session.page, lambda: text(session), lambda shown: bool(shown) and shown != before)
     again = Session(browser, session.page.url)
-    assert frame_of(again).locator("#text").text_content() == shown
+    expect_value(again.page, lambda: text(again), shown)
 
 
 # whether the selected entry of the list is in sight; with `up`, after the list was scrolled to its beginning
@@ -173,11 +204,10 @@ def test_conversations_are_searched_by_their_text(demo: str, browser: Browser) -
     session = Session(browser, f"{demo}/transcript?channel=final&effort=low&find=no+such+words")
     expect(
         session.page.get_by_text("No matching conversations. Change the filters or the search text.").first
-    ).to_be_visible(timeout=300_000)
+    ).to_be_visible()
     box = session.page.get_by_label("Id, answer or text contains")
     box.fill("1")
     box.press("Enter")
-    session.page.wait_for_url(re.compile("find=1&|find=1$"), timeout=300_000)
-    frame = frame_of(session)
-    assert "Reasoning: low" in frame.locator("#text").inner_text()
+    session.page.wait_for_url(re.compile("find=1&|find=1$"))
+    expect(frame_of(session).locator("#text")).to_contain_text("Reasoning: low")
     assert session.errors == []

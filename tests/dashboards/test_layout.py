@@ -12,6 +12,7 @@ from bokeh.models import ImportedStyleSheet
 from panel.io.state import set_curdoc
 from playwright.sync_api import Browser
 
+from tests.browser import open_page
 from tests.conftest import DATA
 from tests.serving import free_port
 from workbench.dashboards import app, layout
@@ -103,7 +104,7 @@ def test_a_page_is_busy_until_its_own_server_work_is_done(browser: Browser) -> N
     def page() -> layout.PageTemplate:
         def work(_: object) -> None:
             running.set()
-            finish.wait(60)
+            finish.wait(600)
 
         button = pn.widgets.Button(label="Work", on_click=work)
         return layout.page_template("experts", {"experts": "Experts"}, "demo", sidebar=[], main=[button])
@@ -111,14 +112,14 @@ def test_a_page_is_busy_until_its_own_server_work_is_done(browser: Browser) -> N
     port = free_port()
     server = pn.serve(page, port=port, threaded=True, show=False)
     try:
-        first, second = browser.new_page(), browser.new_page()
+        first, second = open_page(browser), open_page(browser)
         for one in (first, second):
             one.goto(f"http://localhost:{port}")
             one.get_by_role("button", name="Work").wait_for()
             one.wait_for_function("!document.documentElement.matches('.wb-waits')")
         first.get_by_role("button", name="Work").click()
         first.locator("html.wb-waits").wait_for()
-        assert running.wait(60)
+        assert running.wait(300)
         assert second.locator("html.wb-waits").count() == 0
         finish.set()
         first.wait_for_function("!document.documentElement.matches('.wb-waits')")

@@ -10,6 +10,7 @@ from urllib.parse import parse_qsl, urlsplit
 import pytest
 
 import workbench as wb
+from tests.browser import expect_value, open_page, read_until
 from tests.dashboards.browsing import UNNAMED, Session, frame_of, serve, stop
 from tests.dashboards.test_attribution_graph import graph
 from tests.dashboards.test_stored_results import effects
@@ -71,19 +72,13 @@ def node(frame: Frame, id: str) -> int:
 
 
 def graph_frame(session: Session) -> Frame:
-    session.page.wait_for_function("document.querySelector('main') !== null")
-    for _ in range(240):
-        frames = [f for f in session.page.frames if f != session.page.main_frame]
-        if frames and frames[0].locator(".node").count():
-            return frames[0]
-        session.page.wait_for_timeout(250)
-    pytest.fail("no graph is drawn")
+    return frame_of(session, ".node")
 
 
 def test_a_graph_is_explored_and_its_view_is_in_the_link(stored: str, browser: Browser) -> None:
     session = Session(browser, f"{stored}/graph")
     frame = graph_frame(session)
-    assert frame.locator(".node").count() == 5
+    expect(frame.locator(".node")).to_have_count(5)
     expert = node(frame, "0_9_1")
     frame.locator(f".node[data-i='{expert}']").click()
     side = frame.locator("#side")
@@ -104,24 +99,24 @@ def test_a_graph_is_explored_and_its_view_is_in_the_link(stored: str, browser: B
     before = frame.evaluate("view.k")
     frame.locator("#graph").focus()
     session.page.keyboard.press("+")
-    assert frame.evaluate("view.k") > before
+    frame.wait_for_function("before => view.k > before", arg=before)
     with session.page.expect_download() as download:
         frame.get_by_role("button", name="SVG").click()
     drawn = Path(download.value.path()).read_text()
     assert drawn.startswith("<svg")
     assert "var(--" not in drawn, "colours are written out: the file is on its own"
     again = graph_frame(Session(browser, session.page.url))
-    assert again.locator(".node.pin").count() == 1
-    assert again.locator(f".node.pin.now[data-i='{expert}']").count() == 1
+    expect(again.locator(".node.pin")).to_have_count(1)
+    expect(again.locator(f".node.pin.now[data-i='{expert}']")).to_have_count(1)
     expect(again.locator("#side").get_by_role("heading", name="adds 'a' + 100 %")).to_be_visible()
     expect(again.locator("#shown")).to_have_text("5 of 5, 100 % of their influence")
     again.get_by_label("Pinned only").check()
-    assert again.locator(".node").count() == 2, "the pinned one, and the target"
+    expect(again.locator(".node"), "the pinned one, and the target").to_have_count(2)
     expect(again.locator("#shown")).to_have_text("2 of 5, 50 % of their influence")
     again.page.wait_for_url(re.compile("subgraph=1"))
     again.get_by_label("Pinned only").uncheck()
     again.locator("#threshold").evaluate("e => { e.value = 20; e.oninput(); }")
-    assert again.locator(".node").count() == 2, "the strongest one, and the pinned one"
+    expect(again.locator(".node"), "the strongest one, and the pinned one").to_have_count(2)
     assert session.errors == session.foreign == []
 
 
@@ -152,15 +147,15 @@ def test_edges_that_carry_little_are_hidden_counted_and_left_out_of_the_file(sto
 def test_pinned_nodes_become_a_supernode_that_is_named_saved_and_reopened(stored: str, browser: Browser) -> None:
     session = Session(browser, f"{stored}/graph?pins=0_9_1+1_2_1")
     frame = graph_frame(session)
-    assert frame.locator(".node.pin").count() == 2
+    expect(frame.locator(".node.pin")).to_have_count(2)
     frame.get_by_label("name of the supernode").fill("carry <b>")
     frame.get_by_role("button", name="Group 2 pinned").click()
     expect(frame.get_by_role("heading", name="carry b")).to_be_visible()
-    assert frame.locator(".node").count() == 4, "two nodes are one"
+    expect(frame.locator(".node"), "two nodes are one").to_have_count(4)
     lines = frame.locator("#side table").nth(1).locator("tr")
     expect(lines).to_have_count(1)
-    assert "embedding of 'a'" in lines.first.inner_text()
-    assert "+0.50" in lines.first.inner_text(), "the edge of its member; the edge between the members is inside"
+    expect(lines.first).to_contain_text("embedding of 'a'")
+    expect(lines.first, "the edge of its member; the edge between the members is inside").to_contain_text("+0.50")
     session.page.wait_for_url(re.compile("groups="))
     with session.page.expect_download() as download:
         frame.get_by_role("button", name="JSON").click()
@@ -168,41 +163,41 @@ def test_pinned_nodes_become_a_supernode_that_is_named_saved_and_reopened(stored
     assert saved["qParams"]["supernodes"] == [["carry b", "0_9_1", "1_2_1"]]
     assert graph_data(saved)["supernodes"] == [["carry b", "0_9_1", "1_2_1"]], "the saved file is a graph itself"
     again = graph_frame(Session(browser, session.page.url))
-    assert again.locator(".node").count() == 4
+    expect(again.locator(".node")).to_have_count(4)
     again.get_by_role("button", name="Expand").click()
-    assert again.locator(".node").count() == 5
+    expect(again.locator(".node")).to_have_count(5)
     expect(again.locator(".hull")).to_have_count(1)
     again.get_by_role("button", name="Collapse").click()
-    assert again.locator(".node").count() == 4
+    expect(again.locator(".node")).to_have_count(4)
     again.get_by_role("button", name="Ungroup").click()
-    assert again.locator(".node").count() == 5
-    assert again.locator(".node.pin").count() == 0
+    expect(again.locator(".node")).to_have_count(5)
+    expect(again.locator(".node.pin")).to_have_count(0)
     assert session.errors == session.foreign == []
 
 
 def test_a_label_of_an_expert_is_saved_beside_the_run(stored: str, browser: Browser) -> None:
     session = Session(browser, f"{stored}/experts?layer=1&expert=5").drawn()
     field = session.page.get_by_label("Label of this expert")
-    expect(field).to_be_visible(timeout=240_000)  # the study of examples may have to be made first
+    expect(field).to_be_visible()  # the study of examples may have to be made first
     field.fill("digits <script>")
     session.page.get_by_role("button", name="Save label").click()
     expect(session.page.get_by_text("Saved in demo.zarr.labels.jsonl")).to_be_visible()
     session.page.reload()
-    expect(session.page.get_by_label("Label of this expert")).to_have_value("digits <script>", timeout=240_000)
+    expect(session.page.get_by_label("Label of this expert")).to_have_value("digits <script>")
     assert session.errors == session.foreign == []
 
 
 def test_the_overview_answers_with_links_to_what_it_names(demo: str, browser: Browser) -> None:
     session = Session(browser, f"{demo}/overview?theme=dark")
     item = session.page.locator("li", has_text="of routed slots in").first
-    expect(item).to_be_visible(timeout=240_000)  # the studies may have to be made first
-    assert session.page.locator(".wb-tile").count() == 3
+    expect(item).to_be_visible()  # the studies may have to be made first
+    expect(session.page.locator(".wb-tile")).to_have_count(3)
     link = item.locator("a")
     query = dict(parse_qsl(urlsplit(link.get_attribute("href") or "").query))
     link.click()
     heading = f"Layer {query['layer']}, expert {query['expert']}"
     expect(session.page.get_by_role("heading", name=heading)).to_be_visible()
-    assert "theme=dark" in session.page.url
+    session.page.wait_for_url(re.compile("theme=dark"))
     assert session.errors == []
 
 
@@ -212,11 +207,13 @@ def test_a_heading_sorts_a_table_and_a_row_opens_its_link(demo: str, browser: Br
     table = session.page.locator("table", has=heading)
     heading.focus()
     session.page.keyboard.press("Enter")
-    given = [float(text) for text in table.locator("td:nth-child(3)").all_text_contents()]
-    assert given == sorted(given)
-    assert len(set(given)) > 3
+
+    def column() -> list[float]:
+        return [float(text) for text in table.locator("td:nth-child(3)").all_text_contents()]
+
+    given = read_until(session.page, column, lambda given: len(set(given)) > 3 and given == sorted(given))
     heading.click()
-    assert [float(text) for text in table.locator("td:nth-child(3)").all_text_contents()] == given[::-1]
+    expect_value(session.page, column, given[::-1])
     partner = table.locator("tbody tr").first.locator("a").text_content()
     table.locator("tbody tr").first.locator("td").nth(2).click()
     expect(session.page.get_by_role("heading", name=f"Layer 1, expert {partner}")).to_be_visible()
@@ -224,7 +221,7 @@ def test_a_heading_sorts_a_table_and_a_row_opens_its_link(demo: str, browser: Br
 
 
 def test_an_address_that_is_no_page_reports_it_and_links_to_pages(demo: str, browser: Browser) -> None:
-    page = browser.new_page()
+    page = open_page(browser)
     answer = page.goto(f"{demo}/nosuch")
     assert answer is not None
     assert answer.status == 404
@@ -241,11 +238,10 @@ def test_pages_have_landmarks_names_and_contrast(stored: str, browser: Browser, 
         expect(session.page.locator(".bk-btn, iframe, pre").first).to_be_attached()
         session.page.wait_for_timeout(500)
         for landmark in ("banner", "navigation", "main"):
-            assert session.page.get_by_role(landmark).count() == 1, (page, landmark)
-        assert session.page.locator("[aria-current=page]").count() == 1
-        assert session.page.evaluate(UNNAMED) == [], page
-        for frame in session.page.frames:
-            assert frame.evaluate(PALE) == [], (page, frame.url)
+            expect(session.page.get_by_role(landmark), f"{page}: {landmark}").to_have_count(1)
+        expect(session.page.locator("[aria-current=page]")).to_have_count(1)
+        expect_value(session.page, lambda: session.page.evaluate(UNNAMED), [])
+        expect_value(session.page, lambda: [text for f in session.page.frames for text in f.evaluate(PALE)], [])
     session.page.evaluate(
         """() => { document.body.append("faint");
                    document.body.style.color = getComputedStyle(document.body).backgroundColor; }"""
@@ -256,7 +252,7 @@ def test_pages_have_landmarks_names_and_contrast(stored: str, browser: Browser, 
 
 def test_a_narrow_window_has_a_menu_and_nothing_beyond_its_edge(demo: str, browser: Browser) -> None:
     session = Session(browser, f"{demo}/overview", width=900).drawn()
-    assert session.page.evaluate("document.documentElement.scrollWidth") <= 900
+    session.page.wait_for_function("document.documentElement.scrollWidth <= 900")
     navigation = session.page.get_by_role("link", name="Attention sinks")
     expect(navigation).to_be_hidden()
     session.page.get_by_role("button", name="Menu").click()
@@ -268,13 +264,15 @@ def test_a_narrow_window_has_a_menu_and_nothing_beyond_its_edge(demo: str, brows
 def test_the_small_map_of_a_conversation_colours_by_the_clicked_expert(demo: str, browser: Browser) -> None:
     session = Session(browser, f"{demo}/transcript?sequence=3")
     frame = frame_of(session)
-    frame.locator("#heat").wait_for(state="visible", timeout=300_000)
-    box = frame.locator("#heat").bounding_box()
+    heat = frame.locator("#heat")
+    expect(heat).to_be_visible()
+    box = heat.bounding_box()
     assert box is not None
-    frame.locator("#heat").click(position={"x": box["width"] * 5.5 / 16, "y": box["height"] * 2.5 / 4})
-    assert frame.evaluate("[$('by').value, $('layer').value, $('expert').value]") == ["expert", "2", "5"]
-    session.page.wait_for_url(re.compile("layer=2"))
-    assert dict(parse_qsl(urlsplit(session.page.url).query)).items() >= {"expert": "5", "colour": "expert"}.items()
+    heat.click(position={"x": box["width"] * 5.5 / 16, "y": box["height"] * 2.5 / 4})
+    chosen = "[$('by').value, $('layer').value, $('expert').value]"
+    expect_value(session.page, lambda: frame.evaluate(chosen), ["expert", "2", "5"])
+    wanted = {"layer": "2", "expert": "5", "colour": "expert"}.items()
+    session.page.wait_for_url(lambda url: dict(parse_qsl(urlsplit(url).query)).items() >= wanted)
 
 
 # Tabulator draws its own table: a grid that contains a scrolled element and buttons, which ARIA does not allow
@@ -293,13 +291,12 @@ def violations(frame: Frame, rules: list[str]) -> list[str]:
     return violated
 
 
-def opened(session: Session, url: str, title: str) -> Iterator[Frame]:
-    """The page and the frames in it, when nothing is loading any more."""
-    session.page.goto(url, timeout=300_000)
+def open_until_complete(session: Session, url: str, title: str) -> None:
+    """Open a page and wait until nothing is loading any more."""
+    session.page.goto(url)
     expect(session.page.get_by_role("heading", name=title, level=1)).to_be_visible()
-    expect(session.page.get_by_text("The result will be cached")).to_have_count(0, timeout=300_000)
+    expect(session.page.get_by_text("The result will be cached")).to_have_count(0)
     session.page.wait_for_timeout(700)
-    yield from session.page.frames
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
@@ -308,12 +305,9 @@ def test_axe_finds_no_serious_violation(demo: str, browser: Browser, theme: str,
     titles = page_titles()
     rules = [] if theme == "light" else ["color-contrast"]  # the rest does not depend on the theme
     for page in titles if long else FEW:
-        for frame in opened(session, f"{demo}/{page}?theme={theme}&sequence=2", titles[page]):
-            violated = violations(frame, rules)
-            if violated:  # on a busy machine the heading of a card comes after the card
-                session.page.wait_for_timeout(3000)
-                violated = violations(frame, rules)
-            assert violated == [], (page, frame.url)
+        open_until_complete(session, f"{demo}/{page}?theme={theme}&sequence=2", titles[page])
+        # until there is none: the heading of a card may come after the card
+        expect_value(session.page, lambda: [text for f in session.page.frames for text in violations(f, rules)], [])
     assert session.errors == session.foreign == []
     session.page.evaluate(
         """() => { const bad = document.createElement("p"); bad.textContent = "faint"; bad.style.color = "#888";

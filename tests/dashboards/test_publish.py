@@ -110,7 +110,7 @@ def test_sizes_are_stated_by_kind() -> None:
 
 @pytest.mark.browser
 def test_it_opens_from_the_folder_without_a_request_elsewhere(folder: Path, chromium: Browser) -> None:
-    with chromium.new_page(color_scheme="dark") as tab:
+    with browser.open_page(chromium, color_scheme="dark") as tab:
         requests: list[str] = []
         errors: list[str] = []
         tab.on("request", lambda request: requests.append(request.url))
@@ -123,14 +123,15 @@ def test_it_opens_from_the_folder_without_a_request_elsewhere(folder: Path, chro
         tab.get_by_role("link", name="product-01/high/0").click()
         text = tab.frame_locator("iframe").get_by_label("conversation", exact=True)
         text.get_by_text("assistant · final").wait_for()
-        assert tab.frames[1].evaluate("document.documentElement.className") == "dark"
+        browser.expect_value(tab, lambda: tab.frames[1].evaluate("document.documentElement.className"), "dark")
         tab.get_by_role("link", name="← Previous conversation").click()
         tab.get_by_role("heading", name="product-00/").wait_for()
         tab.get_by_role("link", name="Experts", exact=True).click()  # from the folder of the conversations
         tab.set_viewport_size({"width": 700, "height": 900})
         tab.reload()
         tab.wait_for_selector("[data-drawn=dark] .main-svg")
-        assert tab.evaluate("document.querySelector('[data-figure] .main-svg').clientWidth") < 700, "nothing is cut off"
+        # nothing is cut off
+        tab.wait_for_function("document.querySelector('[data-figure] .main-svg')?.clientWidth < 700")
         assert errors == []
         outside = [url for url in requests if not url.startswith((folder.as_uri(), "about:", "data:"))]
         assert outside == []

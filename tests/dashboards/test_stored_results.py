@@ -112,7 +112,7 @@ def test_a_share_of_equal_answers_is_shown_as_the_share_of_changed_ones() -> Non
     [
         ((-3.65, -30.1, 2.78), ["-4", "-30", "+3"]),
         ((0.00208, -0.0023, 0.0203), ["+0.002", "-0.002", "+0.020"]),
-        ((-1e-9, -0.01, 0.01), ["+0.000", "-0.010", "+0.010"]),
+        ((-1e-9, -0.01, 0.01), ["0.000", "-0.010", "+0.010"]),
     ],
 )
 def test_an_effect_has_the_digits_that_its_interval_allows(numbers: tuple[float, ...], texts: list[str]) -> None:

@@ -17,6 +17,7 @@ from bokeh.document import Document
 from panel.io.state import set_curdoc
 from playwright.sync_api import Browser, WebSocketRoute
 
+from tests.browser import open_page, read_until
 from tests.serving import free_port
 from workbench.dashboards import widgets
 from workbench.dashboards.study_jobs import Answer
@@ -103,7 +104,7 @@ def test_results_that_come_before_a_page_is_shown_are_put_on_it_afterwards(
         lambda: widgets.awaited(ask, lambda _: [widgets.html("results")]), port=port, threaded=True, show=False
     )
     try:
-        page = browser.new_page()
+        page = open_page(browser)
         page.route_web_socket(re.compile(""), route)
         page.goto(f"http://localhost:{port}")
         page.get_by_text("Running study").wait_for()
@@ -112,6 +113,8 @@ def test_results_that_come_before_a_page_is_shown_are_put_on_it_afterwards(
         ready.set()
         held = time.monotonic()
         page.wait_for_timeout(2000)
+        if not waits:
+            read_until(page, lambda: any(moment > held for moment in asked), bool)
         assert any(moment > held for moment in asked) is not waits
         for send in late:
             send()

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser
+from playwright.sync_api import Browser, expect
 
 import workbench as wb
 from tests import browser
@@ -84,22 +84,24 @@ WIDEST = """() => Math.max(...[...document.querySelectorAll("[data-figure] .main
 @pytest.mark.browser
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_it_is_short_and_draws_in_the_readers_theme(page: Path, theme: ThemeName, chromium: Browser) -> None:
-    with chromium.new_page(viewport={"width": 1280, "height": 900}, color_scheme=theme) as tab:
+    with browser.open_page(chromium, viewport={"width": 1280, "height": 900}, color_scheme=theme) as tab:
         errors: list[str] = []
         tab.on("pageerror", lambda error: errors.append(str(error)))
         tab.goto(page.as_uri())
         first = tab.locator("[data-figure]").first
         first.scroll_into_view_if_needed()
-        tab.wait_for_selector("[data-drawn] .main-svg")
-        assert first.get_attribute("data-drawn") == theme
+        expect(first.locator(".main-svg").first).to_be_attached()
+        expect(first).to_have_attribute("data-drawn", theme)
         sections = tab.locator("h2[id]").count()
         # answers and provenance are less than two screens, and a study about one
         assert tab.evaluate("document.documentElement.scrollHeight") < 900 * (2 + sections)
-        assert tab.evaluate(WIDEST) > 800, "negative control: on the screen it is wider than paper"
+        # negative control: on the screen it is wider than paper
+        browser.read_until(tab, lambda: tab.evaluate(WIDEST), lambda width: width > 800)
         tab.emulate_media(media="print")
         tab.evaluate("dispatchEvent(new Event('beforeprint'))")
-        assert 600 < tab.evaluate(WIDEST) < 700, "it fits between the margins of A4 and letter paper"
-        assert tab.locator("details:not([open])").count() == 0
+        # it fits between the margins of A4 and letter paper
+        browser.read_until(tab, lambda: tab.evaluate(WIDEST), lambda width: 600 < width < 700)
+        expect(tab.locator("details:not([open])")).to_have_count(0)
         assert errors == []
 
 

@@ -64,7 +64,7 @@ def test_a_thread_that_begins_late_leaves_the_default_to_the_caller(
 ) -> None:
     """The negative control does not wait for the second thread, which then sets the default of new threads to 1."""
     first = threading.Semaphore(1)
-    one_thread = parallel._one_thread
+    one_thread, both_run = parallel._one_thread, threading.Barrier(2)
 
     def begin() -> None:
         if not first.acquire(blocking=False):
@@ -76,8 +76,8 @@ def test_a_thread_that_begins_late_leaves_the_default_to_the_caller(
     before = torch.get_num_threads()
     try:
         pool = parallel._pool.__wrapped__(2)
-        both = pool.submit(time.sleep, 0.6), pool.submit(time.sleep, 0.6)
-        assert [future.result() for future in both] == [None, None]
+        both = pool.submit(both_run.wait), pool.submit(both_run.wait)
+        assert {future.result() for future in both} == {0, 1}, "each thread has begun"
         with ThreadPoolExecutor(1) as new:
             assert new.submit(torch.get_num_threads).result() == default
         assert set(pool.map(lambda _: torch.get_num_threads(), range(4))) == {1}

@@ -112,7 +112,7 @@ def test_a_page_shows_both_answers_and_the_difference(server: ModelServer) -> No
     assert "forbid(1, [0, 1," in shown._recipe_card._copied.value
 
 
-def test_the_answers_are_complete_before_the_page_says_so(server: ModelServer) -> None:
+def test_the_answers_are_complete_before_the_page_shows_done(server: ModelServer) -> None:
     shown, _ = page(server)
     answers: list[str] = []
     shown._status.param.watch(lambda event: answers.append(shown._answers[0].object), "object")
@@ -128,6 +128,22 @@ def test_the_answers_are_complete_before_the_page_says_so(server: ModelServer) -
     assert "Done." in shown._status.object
     assert answers[-1] == shown._answers[0].object
     assert answers[0] != answers[-1], "negative control: the answer grew"
+
+
+def test_an_answer_does_not_grow_beside_done_of_the_last_run(server: ModelServer) -> None:
+    shown, _ = page(server)
+    states: list[str] = []
+    shown.run()
+    job = shown._job
+    assert job is not None
+    assert job.ended.wait(120)
+    shown.refresh()
+    shown._answers[0].param.watch(lambda event: states.append(shown._status.object), "object")
+    for ended, status in ((False, "Generating"), (True, "of the last run")):
+        shown._answers[0].object, shown._status.object, shown._shown = "", "Done, of the last run", None
+        (job.ended.set if ended else job.ended.clear)()
+        shown.refresh()
+        assert status in states[-1], "negative control: at its end the answer comes before the status"
 
 
 def test_limits_and_errors_are_told(server: ModelServer) -> None:

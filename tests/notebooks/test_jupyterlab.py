@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import nbformat
@@ -14,11 +14,10 @@ import pytest
 pytest.importorskip("playwright.sync_api")
 from playwright.sync_api import Page, expect
 
-from tests.browser import launched
+from tests.browser import expect_value, launched, open_page, read_until
 from tests.serving import free_port, wait_for
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
-LONG = 300_000  # milliseconds; nothing here depends on the machine being fast
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 KERNEL = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
 PROGRESS = """
@@ -70,13 +69,13 @@ def run_all(page: Page, url: str) -> None:
     """Open a notebook and click Run, Run All Cells; wait for its last cell."""
     select = page.get_by_role("button", name="Select Kernel", exact=True)
     page.add_locator_handler(select, lambda button: button.click())  # a slow server makes JupyterLab ask
-    page.goto(url, timeout=LONG)
-    expect(page.locator(".jp-Notebook:visible .jp-CodeCell").first).to_be_visible(timeout=LONG)
-    expect(page.get_by_role("button", name="(ipykernel) | Idle")).to_be_visible(timeout=LONG)  # else cells are not sent
-    page.get_by_role("menuitem", name="Run", exact=True).click(timeout=LONG)
-    page.get_by_text("Run All Cells", exact=True).click(timeout=LONG)
+    page.goto(url)
+    expect(page.locator(".jp-Notebook:visible .jp-CodeCell").first).to_be_visible()
+    expect(page.get_by_role("button", name="(ipykernel) | Idle")).to_be_visible()  # else cells are not sent
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.get_by_text("Run All Cells", exact=True).click()
     end = page.locator(".jp-Notebook:visible .jp-OutputArea-output", has_text="the end")
-    expect(end).to_be_visible(timeout=LONG)
+    expect(end).to_be_visible()
 
 
 def red_outputs(page: Page) -> list[str]:
@@ -89,21 +88,24 @@ def red_outputs(page: Page) -> list[str]:
 
 def test_quickstart_runs_by_clicking(lab: str) -> None:
     with launched() as browser:
-        page = browser.new_page(viewport={"width": 1400, "height": 5000})  # tall: cells out of sight are not drawn
+        page = open_page(browser, viewport={"width": 1400, "height": 5000})  # tall: cells out of sight are not drawn
         run_all(page, f"{lab}/quickstart.ipynb")
         assert red_outputs(page) == []
         bar = page.locator(".jp-OutputArea-output progress")
         expect(bar).to_have_attribute("value", "4")
         expect(page.get_by_text("counting: 4 of 4 steps")).to_be_visible()
-        expect(page.locator(".js-plotly-plot .main-svg").first).to_be_visible(timeout=LONG)
-        widths = page.evaluate(WIDTHS)
-        assert len(widths) == 2
-        assert all(0.97 <= width <= 1.01 for width in widths), widths
+        expect(page.locator(".js-plotly-plot .main-svg").first).to_be_visible()
+
+        def fit(lowest: float) -> Callable[[list[float]], bool]:
+            return lambda widths: len(widths) == 2 and all(lowest <= width <= 1.01 for width in widths)
+
+        read_until(page, lambda: page.evaluate(WIDTHS), fit(0.97))
         page.set_viewport_size(
             {"width": 1000, "height": 5000}
         )  # a negative control: a figure of fixed width would stay
         page.wait_for_timeout(2000)
-        assert all(0.9 <= width <= 1.01 for width in page.evaluate(WIDTHS)), page.evaluate(WIDTHS)
-        again = browser.new_page()
+        read_until(page, lambda: page.evaluate(WIDTHS), fit(0.9))
+        again = open_page(browser)
         run_all(again, f"{lab.replace('/lab/', '/lab/workspaces/other/')}/warning.ipynb")
-        assert len(red_outputs(again)) == 1, "a negative control: red outputs are found"
+        # a negative control: red outputs are found
+        expect_value(again, lambda: len(red_outputs(again)), 1)

@@ -32,7 +32,7 @@ class CheckThenWrite:
     def acquire(self) -> None:
         if self._storage.exists(LOCK):
             raise InputError("held")
-        time.sleep(0.002)
+        time.sleep(0.02)  # long enough for another process to look, on a busy machine too
         self._storage.put(LOCK, [b"mine"])
 
     def release(self) -> None:

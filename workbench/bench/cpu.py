@@ -24,6 +24,7 @@ from workbench.bench.decode import CONTEXTS, STEPS, Decoder
 from workbench.bench.decode import run as run_decode
 from workbench.bench.table import processor
 from workbench.bench.worker import Worker
+from workbench.counting import signed
 from workbench.model.config import PUBLISHED
 from workbench.model.export import save_random
 from workbench.progress import progress
@@ -139,7 +140,7 @@ def _print(result: dict[str, Any], baselines: Sequence[str]) -> None:
             f"{row['tokens']:,}",
             f"{row['workbench_s']:.2f}",
             f"{row['workbench_bytes'] / 1e9:.1f}",
-            f"{row['recording']:+.1%}",
+            signed(row["recording"], 1, "%"),
         ]
         for baseline in baselines:
             cells += [

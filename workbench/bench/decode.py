@@ -19,6 +19,7 @@ import torch
 
 from workbench.bench.table import markdown, processor
 from workbench.bench.worker import Worker
+from workbench.counting import signed
 from workbench.kernels import cpu
 from workbench.model.config import Config
 from workbench.progress import progress
@@ -183,8 +184,8 @@ def table(result: dict[str, Any]) -> str:
             f"{row['context']:,}",
             f"{row['tokens_per_s']:.1f}",
             f"{row['of_memory_speed']:.0%}",
-            f"{row['recorded']:+.1%}",
-            f"{row['edited']:+.1%}",
+            signed(row["recorded"], 1, "%"),
+            signed(row["edited"], 1, "%"),
             *(
                 f"{row[f'{name}_tokens_per_s']:.1f} ({row[f'speed_beside_{name}']:.2f} ×)"
                 if f"{name}_tokens_per_s" in row

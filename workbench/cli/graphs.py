@@ -8,7 +8,7 @@ import typer
 
 from workbench.cli.damage import names_damage
 from workbench.cli.options import Adapter, Device, Dtype, IgnoreField, Model, Overwrite, RunPath, load_model
-from workbench.counting import count_of
+from workbench.counting import count_of, signed
 from workbench.errors import InputError
 
 app = typer.Typer()
@@ -233,8 +233,8 @@ def _described(attributed: Any, inner: Any, measured: list[float]) -> str:
         f"{m['explained_input']:.0%} of what flows into them is no error.",
     ]
     for i, (_, row) in enumerate(inner.iterrows()):
-        text = f"  {label(row)} at token {row['pos']} ({row['token']!r}): {row['value']:+.2f} logits"
-        lines.append(text + (f", measured by ablation {measured[i]:+.2f}" if i < len(measured) else ""))
+        text = f"  {label(row)} at token {row['pos']} ({row['token']!r}): {signed(row['value'], 2)} logits"
+        lines.append(text + (f", measured by ablation {signed(measured[i], 2)}" if i < len(measured) else ""))
     return "\n".join(lines)
 
 
@@ -252,7 +252,9 @@ def _described_edges(model: Any, attributed: Any, n: int) -> str:
     for source, target in inner.loc[inner["value"].abs().nlargest(n).index, ["source", "target"]].to_numpy().tolist():
         checked = graph_checks.ablate_edge(model, attributed, source, target)
         ends = " → ".join(f"{label(nodes.loc[i])} at token {nodes.loc[i, 'pos']}" for i in (source, target))
-        text += f"\n  {ends}: {checked['value']:+.2f} logits, measured by ablation {checked['measured']:+.2f}"
+        text += (
+            f"\n  {ends}: {signed(checked['value'], 2)} logits, measured by ablation {signed(checked['measured'], 2)}"
+        )
     return text
 
 

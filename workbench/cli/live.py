@@ -50,6 +50,9 @@ def live(
     max_seconds: Annotated[float, typer.Option(min=1, max=1e6, help="Longest time of one request.")] = 120,
     vector: Vectors = None,
     sae: Saes = None,
+    recipes: Annotated[
+        Path | None, typer.Option(help="Folder of recipes (*.json) that the page lists and viewers may save in.")
+    ] = None,
     adapter: Adapter = None,
     device: Device = "auto",
     dtype: Dtype = "bfloat16",
@@ -57,9 +60,11 @@ def live(
 ) -> None:
     """Serve a page that generates live: interventions by click, original and edited answers side by side."""
     from workbench.live.app import Limits, serve
+    from workbench.live.recipe_folder import RecipeFolder
     from workbench.research.steering_sources import read_sources
 
     sources = read_sources(vector or (), sae or ())
+    folder = RecipeFolder(recipes) if recipes is not None else None
     loaded = load_model(model, device, dtype, ignore_field, adapter)
     limits = Limits(max_new_tokens, max_samples, max_seconds)
     serve(
@@ -67,6 +72,7 @@ def live(
         model,
         limits=limits,
         sources=sources,
+        recipes=folder,
         port=port,
         address=address,
         show=show,

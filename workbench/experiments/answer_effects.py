@@ -11,7 +11,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
-from workbench.counting import count_of
+from workbench.counting import count_of, signed, signed_interval
 from workbench.errors import InputError
 from workbench.experiments.answer_measures import (
     MEASURES,
@@ -203,12 +203,13 @@ def describe(result: xr.Dataset) -> str:
         for m in shown:
             one = result.sel(intervention=name, measure=m)
             change, low, high, p = (float(one[v]) for v in ("change", "low", "high", "p_family"))
-            text = f"  {m} {change:+.3g}" + (f" [{low:+.3g}, {high:+.3g}]" if np.isfinite(low) else "")
+            text = f"  {m} {signed_interval(change, low, high, 3, 'g')}"
             if np.isfinite(p):
                 verdict = "beyond random controls" if p <= ALPHA else "not shown to differ from random controls"
+                random = one["random"]
+                mean, least, most = (signed(float(v), 3, "g") for v in (random.mean(), random.min(), random.max()))
                 text += (
-                    f"; random {float(one['random'].mean()):+.3g} ({float(one['random'].min()):+.3g} to "
-                    f"{float(one['random'].max()):+.3g}), {verdict} (rank p {float(one['p_rank']):.3f}, {p:.3f} for "
+                    f"; random {mean} ({least} to {most}), {verdict} (rank p {float(one['p_rank']):.3f}, {p:.3f} for "
                     "all doses)"
                 )
             lines.append(f"{text}.")

@@ -19,7 +19,7 @@ import xarray as xr
 
 from workbench import harmony
 from workbench.capture.generation import final_text
-from workbench.counting import count_of
+from workbench.counting import count_of, signed
 from workbench.errors import InputError
 from workbench.experiments.effects import logprobs, paired
 from workbench.experiments.final_channel import ALPHA
@@ -117,7 +117,7 @@ def _summary(result: xr.Dataset) -> list[str]:
             f"{change}: {one['same']:.0%} of answers stay the same [{one['same_low']:.0%}, "
             f"{one['same_high']:.0%}]; log-probability "
             + ("" if moved else "not shown to change, ")
-            + f"{one['logprob']:+.2f} nats [{one['logprob_low']:+.2f}, {one['logprob_high']:+.2f}]."
+            + f"{signed(one['logprob'], 2)} nats [{signed(one['logprob_low'], 2)}, {signed(one['logprob_high'], 2)}]."
         )
     area, low, high = (float(result[name]) for name in ("area", "area_low", "area_high"))
     return [*lines, f"Area over the curve of early answering: {area:.3f} [{low:.3f}, {high:.3f}]."]

@@ -15,7 +15,7 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from workbench.counting import count_of
+from workbench.counting import count_of, signed, signed_interval
 from workbench.errors import InputError
 from workbench.experiments.final_channel import ALPHA
 from workbench.harmony.labels import CHANNELS
@@ -196,10 +196,9 @@ def _summary(result: xr.Dataset) -> str:
         for which in map(str, result["which"].values):
             one = result.sel(layer=layer, which=which)
             change, low, high, q = (float(one[name]) for name in ("change", "low", "high", "q"))
-            interval = f" [{low:+.3f}, {high:+.3f}]" if np.isfinite(low) else ""
-            parts.append(f"{which} {change:+.3f}{interval}" + ("" if q <= ALPHA else ", not shown"))
+            parts.append(f"{which} {signed_interval(change, low, high, 3)}" + ("" if q <= ALPHA else ", not shown"))
         better, best = (float(result[name].sel(layer=layer)) for name in ("better", "best"))
         lines.append(
-            f"  layer {layer}: {'; '.join(parts)}; {better:.0%} of random routes are better, best {best:+.3f}."
+            f"  layer {layer}: {'; '.join(parts)}; {better:.0%} of random routes are better, best {signed(best, 3)}."
         )
     return "\n".join(lines)

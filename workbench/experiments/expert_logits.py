@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from workbench.capture.recorder import source_digest
-from workbench.counting import count_of
+from workbench.counting import count_of, signed
 from workbench.errors import InputError
 from workbench.experiments.effects import effects
 from workbench.experiments.final_channel import final_tokens
@@ -131,7 +131,9 @@ def experiment(
         layer, expert = np.unravel_index(int(place), first.shape)
         one = ds.isel(layer=layer, expert=expert)
         texts = ", ".join(repr(str(text)) for text in one["top_text"].values[:3])
-        lines.append(f"Layer {layer}, expert {expert} raises {texts}: up to {float(one['top_logit'][0]):+.2f} logits.")
+        lines.append(
+            f"Layer {layer}, expert {expert} raises {texts}: up to {signed(float(one['top_logit'][0]), 2)} logits."
+        )
     ds.attrs["summary"] = "\n".join([f"{ds.attrs['rests_on']}. The largest direct effects:", *lines])
     return {"logits": ds} | details
 
@@ -149,7 +151,9 @@ def _layer_neurons(model: GptOss, layer: int, expert: int, n: int) -> xr.Dataset
     for place in np.argsort(-first.values, axis=None)[:5]:
         i, neuron = np.unravel_index(int(place), first.shape)
         text = str(neurons["top_text"].values[i, neuron, 0])
-        lines.append(f"  expert {numbers[int(i)]}, neuron {neuron} raises {text!r}: {float(first[i, neuron]):+.2f}")
+        lines.append(
+            f"  expert {numbers[int(i)]}, neuron {neuron} raises {text!r}: {signed(float(first[i, neuron]), 2)}"
+        )
     attrs: dict[str, Any] = {
         "title": "Direct effects of neurons on logits",
         "method": NEURON_METHOD,

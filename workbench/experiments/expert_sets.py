@@ -13,7 +13,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Bool, Float, Int
 
-from workbench.counting import count_of
+from workbench.counting import count_of, signed
 from workbench.errors import InputError
 from workbench.experiments.effects import load_matched, load_of, logprobs, routed_slots
 from workbench.experiments.final_channel import ALPHA, answered_rows, final_tokens, generated_tokens
@@ -208,17 +208,17 @@ def _summary(result: xr.Dataset, not_tested: dict[str, str]) -> list[str]:
         own, random, less, others = (float(v) for v in one["change"].values)
         experts = one["experts"].item()
         if name in not_tested:
-            lines.append(f"{name} (experts {experts}): cannot be tested, {not_tested[name]}; {own:+.2f} nats.")
+            lines.append(f"{name} (experts {experts}): cannot be tested, {not_tested[name]}; {signed(own, 2)} nats.")
             continue
         low, high = (float(one[edge].values[0]) for edge in ("low", "high"))
         q, n = float(one["q"]), int(one["random_sets"])
         differs = f"{'hurts more' if less < 0 else 'hurts less'} than" if q <= ALPHA else "is not shown to differ from"
         lines.append(
-            f"{name} (experts {experts}): {own:+.2f} nats [{low:+.2f}, {high:+.2f}] on its own prompts, "
-            f"{n} random sets of {float(one['load_ratio']):.2f} times its load ({float(one['load_ratio_low']):.2f} to "
-            f"{float(one['load_ratio_high']):.2f}) {random:+.2f}; it {differs} those: rank p {float(one['p']):.3f}, "
-            f"q {q:.3f}, {float(one['distance']):+.1f} standard deviations; {int(one['as_low'])} of {n} random sets "
-            f"hurt as much. On the others {others:+.2f}."
+            f"{name} (experts {experts}): {signed(own, 2)} nats [{signed(low, 2)}, {signed(high, 2)}] on its own "
+            f"prompts, {n} random sets of {float(one['load_ratio']):.2f} times its load "
+            f"({float(one['load_ratio_low']):.2f} to {float(one['load_ratio_high']):.2f}) {signed(random, 2)}; it "
+            f"{differs} those: rank p {float(one['p']):.3f}, q {q:.3f}, {signed(float(one['distance']), 1)} standard "
+            f"deviations; {int(one['as_low'])} of {n} random sets hurt as much. On the others {signed(others, 2)}."
         )
         if abs(float(one["load_ratio"]) - 1) > MATCHED:
             lines.append("  Load is not matched: a difference from these sets may be one of load.")

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from workbench import harmony
-from workbench.counting import count_of
+from workbench.counting import count_of, signed, signed_interval
 from workbench.errors import InputError
 from workbench.experiments import activations
 from workbench.experiments.final_channel import ALPHA, answered_rows, final_tokens
@@ -315,8 +315,8 @@ def _summary(result: xr.Dataset) -> str:
         beyond = p <= ALPHA and float(one["distance"]) > 0 and low > 0
         shown = "more than controls" if beyond else "not shown beyond controls"
         lines.append(
-            f"  {name}: {change:+.2f} [{low:+.2f}, {high:+.2f}] nats, {float(one['recovery']):.0%} of the loss, "
-            f"{shown} (mean {float(one['random'].mean()):+.2f}, p {p:.3f}); all experts of the layer "
-            f"{float(one['layer']):+.2f}."
+            f"  {name}: {signed_interval(change, low, high, 2)} nats, {float(one['recovery']):.0%} of the loss, "
+            f"{shown} (mean {signed(float(one['random'].mean()), 2)}, p {p:.3f}); all experts of the layer "
+            f"{signed(float(one['layer']), 2)}."
         )
     return "\n".join(lines)

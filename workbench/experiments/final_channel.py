@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from workbench.counting import count_of
+from workbench.counting import count_of, signed, signed_interval
 from workbench.errors import InputError
 from workbench.experiments.effects import effects
 from workbench.harmony.token_sets import TokenSet, token_set
@@ -89,10 +89,9 @@ def verdict(one: xr.Dataset, attrs: Mapping[str, Any]) -> str:
     """Return an effect with its interval, and whether it is shown, is shown to be small, or neither."""
     change, low, high, q = (float(one[name]) for name in ("change", "low", "high", "q"))
     if np.isnan(low):
-        return (
-            f"the same change of {change:+.2f} in all {count_of(attrs['prompts'], 'prompt')}: no interval can be given"
-        )
-    interval = f"{change:+.2f} [{low:+.2f}, {high:+.2f}]"
+        prompts = count_of(attrs["prompts"], "prompt")
+        return f"the same change of {signed(change, 2)} in all {prompts}: no interval can be given"
+    interval = signed_interval(change, low, high, 2)
     if q <= ALPHA:
         small = f", smaller than {attrs['smallest_effect']:g}" if bool(one["equivalent"]) else ""
         return f"{interval}{small}"

@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from workbench import harmony
 from workbench.capture.generation import final_text
-from workbench.counting import count_of
+from workbench.counting import count_of, signed_interval
 from workbench.errors import InputError
 from workbench.experiments.effects import logprobs
 from workbench.experiments.final_channel import ALPHA
@@ -291,4 +291,4 @@ def _dataset(
 def _interval(one: xr.Dataset, name: str) -> str:
     low, high = ("low", "high") if name == "change" else (f"{name}_low", f"{name}_high")
     value, *limits = (float(one[key]) for key in (name, low, high))
-    return f"{value:+.2f}" + (f" [{limits[0]:+.2f}, {limits[1]:+.2f}]" if np.isfinite(limits[0]) else "")
+    return signed_interval(value, limits[0], limits[1], 2)

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 import xarray as xr
 
-from workbench.counting import count_of
+from workbench.counting import count_of, signed
 from workbench.errors import InputError
 from workbench.experiments import chain_of_thought
 from workbench.experiments.attribution import by_expert, logit_parts
@@ -55,7 +55,8 @@ def experiment(model: GptOss, rows: Sequence[Transcript], *, seed: int = 0) -> d
         value, low, high = paired(np.moveaxis(np.nan_to_num(np.stack(parts_by_sequence)), 0, -1), units, seed=seed)
         result = xr.Dataset({"change": (dims, value), "low": (dims, low), "high": (dims, high)})
         top = np.argsort(-np.abs(value), axis=None)[:5]
-        listed = ", ".join("{}.{} ({:+.2f})".format(*np.unravel_index(i, value.shape), value.flat[i]) for i in top)
+        largest = [(*np.unravel_index(i, value.shape), signed(value.flat[i], 2)) for i in top]
+        listed = ", ".join(f"{layer}.{number} ({change})" for layer, number, change in largest)
         text = (
             f"Largest parts of the logit of the answer's first token, mean over {count_of(len(set(units)), 'prompt')} "
             f"(layer.{dims[1]}): {listed}."

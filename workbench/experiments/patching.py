@@ -23,7 +23,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.counting import count_of
+from workbench.counting import count_of, signed_interval
 from workbench.errors import InputError
 from workbench.experiments.final_channel import ALPHA, generated_tokens
 from workbench.harmony.transcripts import Transcript
@@ -180,4 +180,4 @@ def _depth(cell: xr.Dataset) -> str:
 
 def _interval(cell: xr.Dataset, *names: str) -> str:
     value, low, high = (float(cell[name]) for name in names)
-    return f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
+    return signed_interval(value, low, high, 2)

@@ -17,7 +17,7 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from workbench.counting import count_of
+from workbench.counting import count_of, signed, signed_interval
 from workbench.errors import InputError
 from workbench.experiments.branching import Analysis, analysis_of
 from workbench.harmony.transcripts import Transcript
@@ -154,7 +154,7 @@ def _sentences(
         f"The {len(heads)} heads with the largest change, of which {shown} are shown to have more kurtosis than "
         "shuffled rows, attend most to:"
     ]
-    lines += [f"  {conversation[i]}, sentence {number[i] + 1}, {text[i][:60]!r}: {score[i]:+.2f}" for i in order]
+    lines += [f"  {conversation[i]}, sentence {number[i] + 1}, {text[i][:60]!r}: {signed(score[i], 2)}" for i in order]
     return result.assign_attrs(summary="\n".join(lines))
 
 
@@ -242,5 +242,5 @@ def _summary(result: xr.Dataset) -> str:
         layer, head = np.unravel_index(flat, size.shape)
         one = result.isel(layer=int(layer), head=int(head))
         change, low, high = (float(one[name]) for name in ("change", "low", "high"))
-        lines.append(f"  layer {layer} head {head}: {change:+.2f} [{low:+.2f}, {high:+.2f}]")
+        lines.append(f"  layer {layer} head {head}: {signed_interval(change, low, high, 2)}")
     return "\n".join(lines)

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from workbench.counting import count_of
+from workbench.counting import count_of, signed, signed_interval
 from workbench.errors import InputError
 from workbench.experiments import branch_edits
 from workbench.experiments.branch_answers import Answered, Suppressed, suppressed
@@ -258,7 +258,7 @@ def _sentence_summary(result: xr.Dataset) -> str:
         text = str(one["text"].item())
         lines.append(
             f"  {one['conversation'].item()}, sentence {int(one['number']) + 1}, {text[:60]!r}: own answer "
-            f"{float(one['effect']):+.2f} [{float(one['low']):+.2f}, {float(one['high']):+.2f}] with it; divergence "
+            f"{signed_interval(float(one['effect']), float(one['low']), float(one['high']), 2)} with it; divergence "
             f"{float(one['kl']):.2f} nats [{float(one['kl_low']):.2f}, {float(one['kl_high']):.2f}] "
             f"({float(one['kl_null']):.2f} by chance), q {float(one['q']):.3f}."
             + (f" Written later by {float(one['returned']):.0%} of the others." if one["returned"] > 0 else "")
@@ -272,7 +272,7 @@ def _edits_summary(result: xr.Dataset) -> list[str]:
     for kind in (kind for kind in branch_edits.KINDS if f"{kind}_p" in result):
         effect, q = result[f"{kind}_effect"].values, false_discovery(result[f"{kind}_p"].values)
         n = int(np.isfinite(q).sum())
-        mean = f"own answer {np.nanmean(effect):+.2f} kept less edited on average" if n else "nowhere possible"
+        mean = f"own answer {signed(np.nanmean(effect), 2)} kept less edited on average" if n else "nowhere possible"
         lines.append(f"  {kind}: {int((q <= ALPHA).sum())} of {count_of(n, 'sentence')} change the answers; {mean}.")
     return lines
 

@@ -14,7 +14,7 @@ import xarray as xr
 from jaxtyping import Float
 from torch import Tensor
 
-from workbench.counting import count_of
+from workbench.counting import count_of, signed, signed_interval
 from workbench.errors import InputError
 from workbench.experiments.effects import logprobs
 from workbench.experiments.final_channel import ALPHA, answered_rows, final_tokens
@@ -178,9 +178,9 @@ def _summary(result: xr.Dataset, rests_on: str, controls: int) -> str:
         differs = "more extreme than random directions" if p_family <= ALPHA else "not shown to differ from them"
         random = [float(v) for v in (one["change"].values[1], one["random"].min(), one["random"].max())]
         lines.append(
-            f"  {dose:+g} × ({name}): {change:+.2f} [{low:+.2f}, {high:+.2f}], random {random[0]:+.2f} "
-            f"({random[1]:+.2f} to {random[2]:+.2f}); {differs}: rank p {p:.3f}, {p_family:.3f} for all doses, "
-            f"{float(one['distance']):+.1f} standard deviations."
+            f"  {dose:+g} × ({name}): {signed_interval(change, low, high, 2)}, random {signed(random[0], 2)} "
+            f"({signed(random[1], 2)} to {signed(random[2], 2)}); {differs}: rank p {p:.3f}, {p_family:.3f} for all "
+            f"doses, {signed(float(one['distance']), 1)} standard deviations."
         )
     return "\n".join(lines)
 

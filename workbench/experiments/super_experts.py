@@ -16,7 +16,7 @@ import xarray as xr
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from workbench.counting import count_of
+from workbench.counting import count_of, signed
 from workbench.errors import InputError
 from workbench.experiments.effects import load_of, logprobs, routed_slots
 from workbench.experiments.expert_sets import Cells
@@ -298,8 +298,8 @@ def _removed(result: xr.Dataset, chosen: Cells, is_super: bool) -> str:
         one = result.sel(measure=measure)
         differs = "more extreme than" if float(one["p_family"]) <= ALPHA else "not shown to differ from"
         lines.append(
-            f"  {measure}: {float(one['change']):+.3f}, random {float(one['random'].mean()):+.3f} "
-            f"({float(one['random'].min()):+.3f} to {float(one['random'].max()):+.3f}); {differs} random sets: rank p "
-            f"{float(one['p']):.3f}, {float(one['p_family']):.3f} for all measures."
+            f"  {measure}: {signed(float(one['change']), 3)}, random {signed(float(one['random'].mean()), 3)} "
+            f"({signed(float(one['random'].min()), 3)} to {signed(float(one['random'].max()), 3)}); {differs} "
+            f"random sets: rank p {float(one['p']):.3f}, {float(one['p_family']):.3f} for all measures."
         )
     return "\n".join(lines)

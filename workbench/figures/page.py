@@ -12,6 +12,7 @@ from typing import NamedTuple
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from workbench.counting import signed
 from workbench.figures.template import THEMES, Theme, ThemeName
 
 _STYLE = Path(__file__).with_name("page.css")
@@ -110,7 +111,7 @@ def bar(difference: float, low: float, high: float, widest: float) -> str:
     def x(value: float) -> float:
         return round(75 + 70 * max(-1.0, min(1.0, value / widest)), 1)
 
-    label = f"{difference:+.3g}, interval from {low:+.3g} to {high:+.3g}"
+    label = f"{signed(difference, 3, 'g')}, interval from {signed(low, 3, 'g')} to {signed(high, 3, 'g')}"
     return (
         f'<svg viewBox="0 0 150 26" role="img" aria-label="{escape(label)}">'
         '<line x1="75" x2="75" y1="3" y2="23" stroke="var(--muted)"/>'

@@ -16,7 +16,7 @@ import xarray as xr
 from jaxtyping import Float
 from plotly.subplots import make_subplots
 
-from workbench.counting import count_of
+from workbench.counting import count_of, signed
 from workbench.errors import InputError
 from workbench.figures.gallery import Gallery, GalleryItem, numbers
 from workbench.figures.heatmap import LayerHeatmap, experts_of_layers, number_range, points_between
@@ -69,7 +69,7 @@ def load_difference_heatmap(div: xr.Dataset, *, clip: float | None = None, theme
     bar = {
         "title": {"text": points_between(a, b)},
         "tickvals": ticks,
-        "ticktext": [f"{tick:+.3g}".replace("-", "−") if tick else "0" for tick in ticks],
+        "ticktext": [f"{signed(tick, 3, 'g')}".replace("-", "−") if tick else "0" for tick in ticks],
     }
     figure = grid.finish_differences("expert", limit, bar)
     tested = int(np.isfinite(points).sum())

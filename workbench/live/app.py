@@ -17,6 +17,7 @@ from workbench.errors import InputError
 from workbench.figures.template import ThemeName
 from workbench.live.model_server import Limits, ModelServer
 from workbench.live.page import _REFRESH_MS, LivePage
+from workbench.live.recipe_folder import RecipeFolder
 from workbench.model.transformer import GptOss
 from workbench.research.recipe import Recipe
 from workbench.research.steering_sources import SteeringSources
@@ -125,6 +126,7 @@ def serve(
     *,
     limits: Limits | None = None,
     sources: SteeringSources | None = None,
+    recipes: RecipeFolder | None = None,
     port: int = 5007,
     address: str = "localhost",
     show: bool = False,
@@ -133,15 +135,16 @@ def serve(
 ) -> None:
     """Serve the live page until interrupted. Only pages from `address`, and of the origins allowed, may connect.
 
-    name: how `wb.load` finds the model. sources: vectors and autoencoders to steer along. basic_auth: a JSON file of
-    names and passwords; without it everybody who reaches the address may use the model.
+    name: how `wb.load` finds the model. sources: vectors and autoencoders to steer along. recipes: a folder that
+    viewers read and save recipes in. basic_auth: a JSON file of names and passwords; without it everybody who reaches
+    the address may use the model.
     """
     access = login_options(basic_auth)
     origins = [*local_origins(address, port), *checked_origins(allow_origin)]
     check_free(address, port)
     expect_closed_connections()
     pn.extension(notifications=False, inline=True)  # nothing from another host
-    server = ModelServer(model, name, limits, sources)
+    server = ModelServer(model, name, limits, sources, recipes)
     server.warm_up()
     page = live_page(server)
     print(f"http://{address}:{port}/  (Ctrl-C ends)", flush=True)

@@ -87,6 +87,32 @@ def source_names(kind: str, sources: SteeringSources) -> list[str]:
     return sorted({"vector": sources.vectors, "feature": sources.saes}.get(kind, {}))
 
 
+def new_intervention(kind: str, cells: tuple[tuple[int, int], ...], n_layers: int, effort: str) -> Intervention:
+    """Return the intervention that the card of a kind begins with.
+
+    cells: the selected experts. effort: that of the prompt.
+
+    Raises:
+        InputError: the kind needs experts, and none are selected.
+    """
+    if kind in CELL_KINDS and not cells:
+        raise InputError("no experts are selected: click cells of the map")
+    middle = n_layers // 2
+    layers = (middle,) if kind in ("steer", "vector", "patch") else tuple(range(middle + 1))
+    # what is asked most: does the final answer need attention to the analysis, or this effort
+    asked: dict[str, dict[str, Any]] = {
+        "knockout": {"scope": Scope(channel=("final",)), "keys": Scope(channel=("analysis",))},
+        "patch": {"source_effort": "low" if effort == "high" else "high"},
+    }
+    return Intervention(
+        kind,
+        cells=cells if kind in CELL_KINDS else (),
+        layers=() if kind in (*CELL_KINDS, "feature") else layers,
+        strength=0.5 if kind in FACTOR_KINDS else 1.0,
+        **asked.get(kind, {}),
+    )
+
+
 class ScopeWidgets:
     """The widgets of a scope: channels, roles, and a range of positions."""
 
@@ -126,10 +152,18 @@ def _labelled(text: str, widget: Any) -> list[Any]:
 
 
 class InterventionCard:
-    """The widgets of one intervention. names: of the vectors or autoencoders that it can name as its source."""
+    """The widgets of one intervention. names: of the vectors or autoencoders that it can name as its source.
+
+    opened: is called with the card when it is unfolded.
+    """
 
     def __init__(
-        self, one: Intervention, remove: Callable[["InterventionCard"], None], names: Sequence[str] = ()
+        self,
+        one: Intervention,
+        remove: Callable[["InterventionCard"], None],
+        names: Sequence[str] = (),
+        *,
+        opened: Callable[["InterventionCard"], None] = lambda _: None,
     ) -> None:
         self.kind = one.kind
         self._cells = pn.widgets.TextInput(label="Experts (layer:expert)", value=cells_text(one.cells))
@@ -165,6 +199,7 @@ class InterventionCard:
             margin=(4, 0),
         )
         self.view.param.watch(self._name_folded, "collapsed")
+        self.view.param.watch(lambda event: None if event.new else opened(self), "collapsed")
 
     def fold(self) -> None:
         """Fold the card to one line, which states what the intervention does."""
@@ -214,6 +249,11 @@ class InterventionCard:
     def title(self) -> str:
         """Return what the card is called on the page."""
         return TITLES[self.kind]
+
+    @property
+    def has_problem(self) -> bool:
+        """Return whether the card shows why the intervention cannot be used."""
+        return bool(self._problem.object)
 
     def show_problem(self, text: str, kind: str = "danger") -> None:
         """Show on the card why the intervention cannot be used, or nothing for an empty text. kind: of the note."""

@@ -7,6 +7,7 @@ from uuid import uuid4
 from workbench.errors import InputError
 from workbench.live.experiment import Experiment, RoutingRecorder, limited
 from workbench.live.job_queue import Job, JobQueue
+from workbench.live.recipe_folder import RecipeFolder
 from workbench.model.prompt_cache import PromptCache
 from workbench.model.transformer import GptOss
 from workbench.research.recipe import Recipe
@@ -25,14 +26,19 @@ class Limits:
 class ModelServer:
     """A model with a queue. name: how `wb.load` finds the model; recipes made here name it.
 
-    sources: the vectors and autoencoders that recipes may steer along.
+    sources: the vectors and autoencoders that recipes may steer along. recipes: a folder of saved recipes.
     """
 
     def __init__(
-        self, model: GptOss, name: str, limits: Limits | None = None, sources: SteeringSources | None = None
+        self,
+        model: GptOss,
+        name: str,
+        limits: Limits | None = None,
+        sources: SteeringSources | None = None,
+        recipes: RecipeFolder | None = None,
     ) -> None:
         self.model, self.name, self.limits = model, name, limits or Limits()
-        self.sources = sources or SteeringSources()
+        self.sources, self.recipes = sources or SteeringSources(), recipes
         self.queue = JobQueue(self.limits.max_seconds)
         self._recorder = RoutingRecorder(model)
 

@@ -13,22 +13,24 @@ from workbench.dashboards.theme import CARD_CSS, PARTS_CSS, note
 from workbench.errors import InputError
 from workbench.figures.template import ThemeName
 from workbench.harmony.messages import EFFORTS
-from workbench.live.cards import TITLES, InterventionCard, source_names
-from workbench.live.experiment import Answer, Experiment, final_answer, summarize
+from workbench.live.arrangement import arranged
+from workbench.live.cards import TITLES, InterventionCard, new_intervention, source_names
+from workbench.live.experiment import Answer, Experiment, final_answer
 from workbench.live.expert_map import ExpertMap, shares_by_cell
 from workbench.live.job_queue import Job, State
 from workbench.live.model_server import ModelServer, Viewer
 from workbench.live.number_field import NumberField
 from workbench.live.recipe_card import RecipeCard
+from workbench.live.recipe_gallery import RecipeGallery
 from workbench.live.rendering import (
     ANSWER_CSS,
     answer_html,
-    comparison_html,
     cut_off_sentence,
+    difference_html,
     history_html,
-    samples_html,
+    speed_html,
 )
-from workbench.research.intervention import CELL_KINDS, Intervention, Scope
+from workbench.research.intervention import CELL_KINDS, Intervention
 from workbench.research.recipe import Recipe
 
 _REFRESH_MS = 120
@@ -68,6 +70,10 @@ class LivePage:
         self._history: tuple[tuple[str, str], ...] = ()
         self._continued = ""  # the beginning that Continue made: another user message removes it
         self._make_widgets()
+        folder = server.recipes
+        self._gallery = None if folder is None else RecipeGallery(folder, self._load_saved)
+        if self._gallery is not None and recipe.interventions:  # of a link: nobody came for the list
+            self._gallery.view.collapsed = True
         self._fill(recipe)
         if problem:
             self._status.object = note(problem, "danger")
@@ -117,7 +123,7 @@ class LivePage:
         css = [PARTS_CSS, ANSWER_CSS]
         self._answers = [pn.pane.HTML(_muted(text), stylesheets=css, **wide) for text in _NO_ANSWER]
         self._comparison = pn.pane.HTML(_muted(_NO_COMPARISON), stylesheets=css, **wide)
-        self._recipe_card = RecipeCard(self.recipe, self._load_recipe, self._finished)
+        self._recipe_card = RecipeCard(self.recipe, self._load_recipe, self._finished, self._server.recipes)
         self._connect()
 
     def _connect(self) -> None:
@@ -139,6 +145,9 @@ class LivePage:
             pn.Row(pn.pane.HTML("<label>Reasoning effort</label>", margin=(10, 0, 0, 10)), self._effort),
             self._more,
             pn.FlexBox(*(field.widget for field in (self._temperature, self._seed, self._tokens, self._samples))),
+            sizing_mode="stretch_width",
+        )
+        controls = pn.Column(
             pn.FlexBox(self._run, self._stop, self._continue, self._edit, self._next, self._undo),
             self._status,
             sizing_mode="stretch_width",
@@ -157,11 +166,11 @@ class LivePage:
             for title, pane in zip(("Original answer", "Edited answer"), self._answers, strict=True)
         ]
         return [
-            widgets.beside(
-                widgets.card("Prompt", prompt), widgets.card("Experts and interventions", experts), width=400
+            arranged(
+                [*([self._gallery.view] if self._gallery else []), widgets.card("Prompt", prompt)],
+                [controls, widgets.beside(*sides, width=300), widgets.card("Difference", self._comparison)],
+                [widgets.card("Experts and interventions", experts)],
             ),
-            widgets.beside(*sides, width=400),
-            widgets.card("Difference", self._comparison),
             widgets.card("Recipe", self._recipe_card.view()),
         ]
 
@@ -263,6 +272,8 @@ class LivePage:
 
     def refresh(self) -> None:
         """Show what has changed since the last call."""
+        if self._gallery is not None:
+            self._gallery.refresh()
         job, experiment = self._job, self._experiment
         if job is None or experiment is None:
             return
@@ -273,6 +284,10 @@ class LivePage:
         if now == self._shown:
             return
         self._shown = now
+        notes = "".join(note(text, "warning") for text in self._notes)
+        status = notes + self._state_html(job, experiment, state)
+        if not ended:  # before the answers, so that none of them grows beside the "Done" of the last run
+            self._status.object = status
         answer = experiment.original if experiment.edited is None else experiment.edited
         self._show_map(answer, "original" if experiment.edited is None else "edited")
         comparison = experiment.comparison if ended else None
@@ -280,13 +295,11 @@ class LivePage:
         first = None if comparison is None else comparison.first_difference
         for pane, side, change in zip(self._answers, (experiment.original, experiment.edited), changes, strict=True):
             text = answer_html(experiment, side, self._theme, change=change, first_difference=first) if side else ""
-            pane.object = (text + _speed_html(side)) if side else _muted("No interventions.")
+            pane.object = (text + speed_html(side)) if side else _muted("No interventions.")
         if ended:
-            self._comparison.object = self._comparison_html(experiment)
+            self._comparison.object = difference_html(experiment) or _muted(_NO_COMPARISON)
             self._show_problems(experiment)
-        # last, so that a page that says "Done" has the whole answers
-        notes = "".join(note(text, "warning") for text in self._notes)
-        self._status.object = notes + self._state_html(job, experiment, state)
+            self._status.object = status  # last, so that a page that shows "Done" has complete answers
 
     def _show_problems(self, experiment: Experiment) -> None:
         """Show on the cards of a run which interventions could not be applied or met no token."""
@@ -338,16 +351,6 @@ class LivePage:
         )
         self._map_title.object = f'<span class="wb-muted">{escape(about)}</span>'
 
-    def _comparison_html(self, experiment: Experiment) -> str:
-        text = comparison_html(experiment, experiment.comparison) if experiment.comparison else ""
-        n = experiment.recipe.samples
-        if (n > 1 or experiment.recipe.expected) and all(
-            side is None or all(side.finished) for side in (experiment.original, experiment.edited)
-        ):
-            sides = {"original": experiment.original} | ({"edited": experiment.edited} if experiment.edited else {})
-            text += samples_html({name: summarize(experiment, side) for name, side in sides.items()}, n)
-        return text or _muted(_NO_COMPARISON)
-
     def _answer_text(self) -> str:
         if self._experiment is None or not self._experiment.original.tokens:
             raise InputError("there is no answer yet: press Run")
@@ -367,31 +370,22 @@ class LivePage:
 
     def _add_intervention(self, kind: str) -> None:
         cells = tuple((int(layer), int(expert)) for layer, expert in self._map.chosen)
-        if kind in CELL_KINDS and not cells:
-            raise InputError("no experts are selected: click cells of the map")
-        middle = self._server.model.cfg.n_layers // 2
-        layers = {"steer": (middle,), "vector": (middle,), "patch": (middle,)}.get(kind, tuple(range(middle + 1)))
-        strength = {"reweight": 0.5, "scale_sinks": 0.5}.get(kind, 1.0)
-        # what is asked most: does the final answer need attention to the analysis, or this effort
-        asked: dict[str, dict[str, Any]] = {
-            "knockout": {"scope": Scope(channel=("final",)), "keys": Scope(channel=("analysis",))},
-            "patch": {"source_effort": "low" if self._effort.value == "high" else "high"},
-        }
-        one = Intervention(
-            kind,
-            cells=cells if kind in CELL_KINDS else (),
-            layers=() if kind in (*CELL_KINDS, "feature") else layers,
-            strength=strength,
-            **asked.get(kind, {}),
-        )
-        for card in self._cards:  # so that the answers stay near the prompt
-            card.fold()
-        self._put_cards([*self._cards, self._card(one)])
+        one = new_intervention(kind, cells, self._server.model.cfg.n_layers, str(self._effort.value))
+        new = self._card(one)
+        self._fold_others(new)
+        self._put_cards([*self._cards, new])
         if kind in CELL_KINDS:
             self._map.chosen = []
 
     def _card(self, one: Intervention) -> InterventionCard:
-        return InterventionCard(one, self._remove_card, source_names(one.kind, self._server.sources))
+        names = source_names(one.kind, self._server.sources)
+        return InterventionCard(one, self._remove_card, names, opened=self._fold_others)
+
+    def _fold_others(self, opened: InterventionCard) -> None:
+        """Fold all cards but the one that was opened and those that show a problem."""
+        for card in self._cards:
+            if card is not opened and not card.has_problem:
+                card.fold()
 
     def _remove_card(self, card: InterventionCard) -> None:
         self._put_cards([other for other in self._cards if other is not card])
@@ -428,6 +422,12 @@ class LivePage:
         self._fill(recipe)
         self._remember(replace(recipe, model=self._server.name))
 
+    def _load_saved(self, name: str, recipe: Recipe) -> None:
+        self._load_recipe(recipe)
+        own = recipe.model == self._server.name
+        other = "" if own else f" It was made with the model {recipe.model}: experts and layers may differ."
+        self._status.object = note(f"The recipe “{name}” was loaded. Press Run.{other}", "good" if own else "warning")
+
     def _guarded(self, action: Callable[[], None]) -> None:
         """Do what a viewer asked for, or show below the prompt why it is refused."""
         try:
@@ -438,10 +438,3 @@ class LivePage:
 
 def _muted(text: str) -> str:
     return f'<p class="wb-muted">{escape(text)}</p>'
-
-
-def _speed_html(answer: Answer) -> str:
-    shared = f", {count_of(answer.shared_tokens, 'prompt token')} reused" if answer.shared_tokens else ""
-    return (
-        f'<div class="wb-muted">{count_of(answer.speed.tokens, "new token")}, {escape(str(answer.speed))}{shared}</div>'
-    )

@@ -12,6 +12,7 @@ from workbench.dashboards.theme import PARTS_CSS, note
 from workbench.errors import InputError
 from workbench.harmony.transcripts import row_of
 from workbench.live.experiment import Experiment
+from workbench.live.recipe_folder import RecipeFolder
 from workbench.live.result import transcripts_of
 from workbench.live.study_command import study_command
 from workbench.research.recipe import Recipe
@@ -21,6 +22,7 @@ _CODE_CSS = """
 pre{margin:0;padding:10px 12px;background:var(--wb-raised);color:var(--wb-ink);border-radius:var(--wb-radius);
 overflow-x:auto;font:13px/1.5 ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace}
 """
+_REPLACE = "Replace a recipe of this name"
 _SAVE = """
 const type = name.endsWith(".json") ? "application/json" : "application/jsonl";
 if (!cb_obj.value) return;
@@ -44,13 +46,18 @@ _ABOUT = (
 class RecipeCard:
     """Buttons for the recipe of a page. recipe: returns it, or refuses. load: fills the page with another one.
 
-    answers: returns the experiment whose answers are complete, or refuses.
+    answers: returns the experiment whose answers are complete, or refuses. folder: where viewers may save recipes for
+    each other.
     """
 
     def __init__(
-        self, recipe: Callable[[], Recipe], load: Callable[[Recipe], None], answers: Callable[[], Experiment]
+        self,
+        recipe: Callable[[], Recipe],
+        load: Callable[[Recipe], None],
+        answers: Callable[[], Experiment],
+        folder: RecipeFolder | None = None,
     ) -> None:
-        self._recipe, self._load_recipe, self._answers = recipe, load, answers
+        self._recipe, self._load_recipe, self._answers, self._folder = recipe, load, answers, folder
         wide = {"sizing_mode": "stretch_width"}
         # what the browser copies, and what it saves
         self._copied, self._saved, self._saved_rows = (pn.widgets.TextAreaInput(visible=False) for _ in range(3))
@@ -63,6 +70,11 @@ class RecipeCard:
             for label in ("Save the recipe", "Save the answers", "Copy as Python", "Copy as a study")
         )
         self._load = pn.widgets.FileInput(label="Load a recipe", accept=".json", multiple=False)
+        self._name = pn.widgets.TextInput(label="Name of the recipe", max_length=200, width=260)
+        # a group, as Panel's single checkbox has no name for screen readers
+        self._replace = pn.widgets.CheckBoxGroup(options=[_REPLACE], margin=(0, 10, 10, 10))
+        self._share = pn.widgets.Button(label="Save for all viewers", width=170)
+        self._share.on_click(lambda _: self._guarded(self.share))
         self._save.on_click(lambda _: self._guarded(self.save))
         self._save_answers.on_click(lambda _: self._guarded(self.save_answers))
         self._copy.on_click(lambda _: self._guarded(lambda: self.show_code(recipe_python)))
@@ -79,6 +91,9 @@ class RecipeCard:
         return pn.Column(
             widgets.html(_ABOUT),
             buttons,
+            pn.FlexBox(
+                self._name, self._share, self._replace, align_items="flex-end", visible=self._folder is not None
+            ),
             self._status,
             self._copied,
             self._saved,
@@ -97,6 +112,18 @@ class RecipeCard:
         self._saved.value = ""  # the same recipe can be saved twice
         self._saved.value = text
         self._status.object = note("The recipe was saved as recipe.json.", "good")
+
+    def share(self) -> None:
+        """Save the recipe in the folder of the server, where all viewers see it.
+
+        Raises:
+            InputError: the page describes no recipe, or the name is not allowed or taken.
+        """
+        if self._folder is None:
+            raise InputError("the server has no folder for recipes: start it with --recipes FOLDER")
+        name = self._folder.save(str(self._name.value), self._recipe(), replace=bool(self._replace.value))
+        self._replace.value = []  # so that the next one replaces nothing unasked
+        self._status.object = note(f"The recipe was saved for all viewers as {name}.", "good")
 
     def save_answers(self) -> None:
         """Let the browser save both answers as transcripts, which a capture reads.

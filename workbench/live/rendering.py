@@ -6,10 +6,10 @@ from html import escape
 import numpy as np
 
 from workbench import harmony
-from workbench.counting import count_of
+from workbench.counting import count_of, signed
 from workbench.dashboards.search import texts
 from workbench.figures.template import THEMES, ThemeName
-from workbench.live.experiment import Answer, Comparison, Experiment, SampleSummary
+from workbench.live.experiment import Answer, Comparison, Experiment, SampleSummary, summarize
 from workbench.studies.intervals import MIN_PROMPTS, wilson
 
 _STRONG = 2.0  # nats at which the colour of a change is full
@@ -100,13 +100,21 @@ def _token(
         title += f", log-probability {logprobs[number]:.3f}"
     style = ""
     if number < len(change):
-        title += f", change {change[number]:+.3f} nats"
+        title += f", change {signed(change[number], 3)} nats"
         strength = round(_MOST_COLOUR * min(abs(change[number]) / _STRONG, 1))
         colour = "accent" if change[number] > 0 else "bad"
         if strength:
             style = f' style="background:color-mix(in srgb,var(--wb-{colour}) {strength}%,transparent)"'
     mark = ' class="lv-first"' if number == first_difference else ""
     return f'<span title="{escape(title)}"{mark}{style}>{escape(text)}</span>'
+
+
+def speed_html(answer: Answer) -> str:
+    """Return the length of an answer, how fast it was generated, and how much of the prompt was reused."""
+    shared = f", {count_of(answer.shared_tokens, 'prompt token')} reused" if answer.shared_tokens else ""
+    return (
+        f'<div class="wb-muted">{count_of(answer.speed.tokens, "new token")}, {escape(str(answer.speed))}{shared}</div>'
+    )
 
 
 def cut_off_sentence(experiment: Experiment) -> str:
@@ -145,8 +153,8 @@ def comparison_html(experiment: Experiment, comparison: Comparison) -> str:
     total, n_tokens = sum(comparison.original_change), len(comparison.original_change)
     sentences = [
         first,
-        f"The interventions change the log-probability of the original answer by {total:+.2f} nats "
-        f"({total / max(n_tokens, 1):+.3f} per token).",
+        f"The interventions change the log-probability of the original answer by {signed(total, 2)} nats "
+        f"({signed(total / max(n_tokens, 1), 3)} per token).",
     ]
     bars = "".join(
         f'<span>layer {layer}</span><span class="lv-bar"><i style="width:{share:.1%}"></i></span>'
@@ -164,6 +172,16 @@ def comparison_html(experiment: Experiment, comparison: Comparison) -> str:
         "replace while the model reads the original answer</p>"
     )
     return f'{unmatched}{listed}{heading}<div class="lv-bars">{bars}</div>'
+
+
+def difference_html(experiment: Experiment) -> str:
+    """Return the comparison and, of several samples or with a known answer, the summary of both sides; "" for none."""
+    text = comparison_html(experiment, experiment.comparison) if experiment.comparison else ""
+    n = experiment.recipe.samples
+    sides = {"original": experiment.original} | ({"edited": experiment.edited} if experiment.edited else {})
+    if (n > 1 or experiment.recipe.expected) and all(all(side.finished) for side in sides.values()):
+        text += samples_html({name: summarize(experiment, side) for name, side in sides.items()}, n)
+    return text
 
 
 def _share(right: int, n: int) -> str:

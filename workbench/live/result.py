@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from workbench.capture.generation import final_text
-from workbench.counting import count_of
+from workbench.counting import count_of, signed
 from workbench.harmony.transcripts import Transcript
 from workbench.live.experiment import Answer, Experiment, summarize
 
@@ -58,7 +58,7 @@ def text_of(experiment: Experiment) -> str:
         changes = comparison.original_change
         lines += [
             "the answers are equal" if at is None else f"first differing token: number {at}",
-            f"log-probability of the original answer: {sum(changes):+.3f} nats with the interventions",
+            f"log-probability of the original answer: {signed(sum(changes), 3)} nats with the interventions",
             "experts exchanged by layer: " + ", ".join(f"{share:.1%}" for share in comparison.routing_change),
         ]
     lines += [f"no token matched {experiment.recipe.interventions[i].describe()}" for i in experiment.unmatched]

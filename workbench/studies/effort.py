@@ -17,7 +17,7 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float
 
-from workbench.counting import count_of
+from workbench.counting import count_of, signed, signed_interval
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
@@ -258,9 +258,9 @@ def gain(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr
         changed = "accuracy changes by" if c["gain_different"] else "no change of accuracy shown:"
         changed = changed if np.isfinite(c["gain_p"]) else "too few graded prompts for a test:"
         lines.append(
-            f"{label}: {c['more_tokens']:+.1f} analysis tokens [{c['more_tokens_low']:+.1f}, "
-            f"{c['more_tokens_high']:+.1f}]; "
-            f"{changed} {100 * c['gain']:+.1f} [{100 * c['gain_low']:+.1f}, {100 * c['gain_high']:+.1f}] points"
+            f"{label}: {signed(c['more_tokens'], 1)} analysis tokens [{signed(c['more_tokens_low'], 1)}, "
+            f"{signed(c['more_tokens_high'], 1)}]; "
+            f"{changed} {signed_interval(100 * c['gain'], 100 * c['gain_low'], 100 * c['gain_high'], 1)} points"
             f"{_per_tokens(c['gain_per_100'], c['more_tokens'])}."
         )
     result.attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "summary": "\n".join(lines)}
@@ -272,7 +272,7 @@ def _per_tokens(gain_per_100: float, more_tokens: float) -> str:
     if not np.isfinite(gain_per_100) or abs(more_tokens) < 1:
         return ""
     unit = 10 ** int(np.log10(abs(more_tokens)))
-    return f", {gain_per_100 * unit:+.1f} points per {count_of(unit, 'additional token')}"
+    return f", {signed(gain_per_100 * unit, 1)} points per {count_of(unit, 'additional token')}"
 
 
 def _gain(change: Float[np.ndarray, " prompt"]) -> tuple[float, float, float]:
@@ -329,8 +329,8 @@ def accuracy_model(run: Run, table: pd.DataFrame, efforts: list[str], seed: int 
     attrs = provenance("effort", "A model of accuracy", run.digest, seed, {"terms": list(x.columns)})
     result = dataset(variables, {"term": list(x.columns)}, DEFINITIONS, attrs)
     lines = [
-        f"{term}: log-odds {float(c['coefficient']):+.2f} [{float(c['coefficient_low']):+.2f}, "
-        f"{float(c['coefficient_high']):+.2f}]"
+        f"{term}: log-odds "
+        + signed_interval(float(c["coefficient"]), float(c["coefficient_low"]), float(c["coefficient_high"]), 2)
         for term in list(x.columns)[1:]
         for c in (result.sel(term=term),)
     ]

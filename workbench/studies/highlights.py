@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import xarray as xr
 
-from workbench.counting import count_of
+from workbench.counting import count_of, signed
 from workbench.studies.wording import wording
 
 Results = Mapping[str, Mapping[str, xr.Dataset]]
@@ -74,7 +74,7 @@ def accuracy_sentences(results: Results) -> list[str]:
             )
         else:
             sentences.append(
-                f"No change of accuracy is shown from {first} to {last} effort: {100 * gain:+.1f} points "
+                f"No change of accuracy is shown from {first} to {last} effort: {signed(100 * gain, 1)} points "
                 f"[{_interval(100, low, high)}], {spent}."
             )
     return sentences
@@ -164,4 +164,4 @@ def _effect(ds: xr.Dataset, one: xr.Dataset) -> str:
 
 
 def _interval(factor: float, low: float, high: float) -> str:
-    return f"{factor * low:+.1f}, {factor * high:+.1f}"
+    return f"{signed(factor * low, 1)}, {signed(factor * high, 1)}"

@@ -19,7 +19,7 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float
 
-from workbench.counting import count_of
+from workbench.counting import count_of, signed_interval
 from workbench.errors import InputError
 from workbench.registry import Study
 from workbench.runs import Run
@@ -202,13 +202,14 @@ def _summary(result: xr.Dataset) -> str:
     for layer in map(int, result["layer"].values):
         one = result.sel(layer=layer)
         auc, low, high = (float(one[name].sel(source="activation")) for name in ("auc", "auc_low", "auc_high"))
-        beyond = [float(one[f"beyond_words{end}"]) for end in ("", "_low", "_high")]
-        shown = float(one["q"]) <= 0.05 and beyond[1] * beyond[2] > 0
+        beyond, beyond_low, beyond_high = (float(one[f"beyond_words{end}"]) for end in ("", "_low", "_high"))
+        shown = float(one["q"]) <= 0.05 and beyond_low * beyond_high > 0
         hits, alarms = float(one["hits"].mean()), float(one["false_alarms"].mean())
-        verdict = "beyond" if shown and beyond[0] > 0 else "below" if shown else "not shown to differ from"
+        verdict = "beyond" if shown and beyond > 0 else "below" if shown else "not shown to differ from"
         lines.append(
-            f"  layer {layer}: AUC {auc:.3f} [{low:.3f}, {high:.3f}], {verdict} the best baseline ({beyond[0]:+.3f} "
-            f"[{beyond[1]:+.3f}, {beyond[2]:+.3f}]); control task {float(one['auc'].sel(source='control task')):.3f}; "
-            f"frozen thresholds: {hits:.0%} hits, {alarms:.0%} false alarms."
+            f"  layer {layer}: AUC {auc:.3f} [{low:.3f}, {high:.3f}], {verdict} the best baseline "
+            f"({signed_interval(beyond, beyond_low, beyond_high, 3)}); control task "
+            f"{float(one['auc'].sel(source='control task')):.3f}; frozen thresholds: {hits:.0%} hits, {alarms:.0%} "
+            "false alarms."
         )
     return "\n".join(lines)

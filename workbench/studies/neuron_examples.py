@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
+from workbench.counting import signed
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
@@ -133,5 +134,5 @@ def _summary(ds: xr.Dataset) -> str:
         cell = content.isel(neuron=neuron)
         own = cell.isel(channel=int(cell["largest"].values.argmax()), neuron_example=0)
         text = f"{str(own['before'].item())[-20:]}[{own['token'].item()}]"
-        lines.append(f"  neuron {neuron}: {float(own['activation']):+.1f} at {text!r} ({own['channel'].item()})")
+        lines.append(f"  neuron {neuron}: {signed(float(own['activation']), 1)} at {text!r} ({own['channel'].item()})")
     return "\n".join(lines)

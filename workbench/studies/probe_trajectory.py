@@ -18,7 +18,7 @@ import pandas as pd
 import xarray as xr
 from jaxtyping import Float, Int
 
-from workbench.counting import count_of
+from workbench.counting import count_of, signed_interval
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
 from workbench.registry import Study
@@ -244,7 +244,7 @@ def _summary(result: xr.Dataset, channel: str) -> str:
     for layer in map(int, result["layer"].values):
         one = result.sel(layer=layer)
         values = ", ".join(f"{float(v):.3f}" for v in one["auc"])
-        beyond = [float(one[f"beyond_words{end}"][-1]) for end in ("", "_low", "_high")]
+        beyond, low, high = (float(one[f"beyond_words{end}"][-1]) for end in ("", "_low", "_high"))
         onset = float(one["onset"])
         verdict = (
             f"beyond the best baseline from {onset:.0%} on"
@@ -252,7 +252,7 @@ def _summary(result: xr.Dataset, channel: str) -> str:
             else "not shown beyond the best baseline up to the end"
         )
         lines.append(
-            f"  layer {layer}: AUC {values}; {verdict}; at the end {beyond[0]:+.3f} [{beyond[1]:+.3f}, "
-            f"{beyond[2]:+.3f}] beyond the best baseline."
+            f"  layer {layer}: AUC {values}; {verdict}; at the end {signed_interval(beyond, low, high, 3)} beyond the "
+            "best baseline."
         )
     return "\n".join(lines)

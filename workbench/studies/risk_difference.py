@@ -20,7 +20,7 @@ import numpy as np
 import xarray as xr
 from jaxtyping import Float
 
-from workbench.counting import count_of
+from workbench.counting import count_of, signed
 from workbench.errors import InputError
 from workbench.registry import Study
 from workbench.studies.difference_tests import paired_test, weighted_mean
@@ -250,9 +250,10 @@ def _describe_control(cell: xr.Dataset, label: str) -> list[str]:
 
 def _line(cell: xr.Dataset, side: str) -> str:
     rates = ("mean_a", "mean_b") if np.isfinite(cell["mean_a"]) else ("rate_a", "rate_b")
-    values = [100 * float(cell[name]) for name in ("difference", "low", "high", *rates)]
-    return "  layer {} expert {}, more in {}: {:+.1f} points [{:+.1f}, {:+.1f}]; {:.1f} % against {:.1f} %".format(
-        int(cell["layer"]), int(cell["expert"]), side, *values
+    difference, low, high, a, b = (100 * float(cell[name]) for name in ("difference", "low", "high", *rates))
+    return (
+        f"  layer {int(cell['layer'])} expert {int(cell['expert'])}, more in {side}: {signed(difference, 1)} points "
+        f"[{signed(low, 1)}, {signed(high, 1)}]; {a:.1f} % against {b:.1f} %"
     )
 
 

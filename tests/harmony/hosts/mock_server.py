@@ -13,6 +13,10 @@ KEY = "sk-the-key-that-must-not-appear"
 Reply = tuple[int, Any, dict[str, str]]
 
 
+class _Server(ThreadingHTTPServer):
+    request_queue_size = 128  # of 5, the default, some of many requests at once wait a second for their connection
+
+
 class FakeHost:
     """Answers what a test sets; remembers what it was asked."""
 
@@ -44,7 +48,7 @@ class FakeHost:
             def log_message(self, *args: Any) -> None:
                 pass
 
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = _Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
         threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
 

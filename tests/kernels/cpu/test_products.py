@@ -1,10 +1,12 @@
 """Compiled products of a few rows against float64, for every number of rows and both ways of unpacking MXFP4."""
 
+import ctypes
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -307,17 +309,66 @@ def test_an_expert_beyond_the_last_is_refused() -> None:
 
 def test_every_piece_of_work_is_done_once_by_any_number_of_threads() -> None:
     done: list[int] = []
+    taking = threading.Lock()
     before = torch.get_num_threads()
 
-    def loop(counter: int, chunk: int) -> None:
-        done.append(chunk)
+    def loop(counter: int, pieces: int) -> None:
+        while True:
+            with taking:
+                number = ctypes.c_int64.from_address(counter)
+                piece, number.value = number.value, number.value + 1
+            if piece >= pieces:
+                return
+            done.append(piece)
 
     for count in (1, 2, 4):
         torch.set_num_threads(count)
         done.clear()
-        threads.run(loop, 10, 7)
-        assert done == [7] * count
+        threads.run(loop, 10, 10)
+        assert sorted(done) == list(range(10))
     torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_helper_that_has_not_begun_is_not_waited_for(broken: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its only helper is busy with another's loop. Negative control: a caller that waits for it in any case."""
+    monkeypatch.setattr(threads, "_helpers", threads._Helpers())
+    if broken:
+        monkeypatch.setattr(threads._Job, "end", lambda job: job._finished.acquire())
+    begun, released, ran = threading.Event(), threading.Event(), list[str]()
+
+    def occupy(counter: int) -> None:
+        ran.append(threading.current_thread().name)
+        if ran[-1] == "cpu-kernels":
+            begun.set()
+            released.wait()
+        else:
+            begun.wait()
+
+    def note(counter: int) -> None:
+        ran.append(threading.current_thread().name)
+
+    def call(loop: Callable[[int], None]) -> threading.Thread:
+        def run() -> None:
+            torch.set_num_threads(2)
+            threads.run(loop, 2)
+
+        caller = threading.Thread(target=run, name="caller", daemon=True)
+        caller.start()
+        return caller
+
+    before = torch.get_num_threads()
+    first = call(occupy)
+    assert begun.wait(60)
+    second = call(note)
+    second.join(0.3 if broken else 60)
+    assert second.is_alive() == broken
+    released.set()
+    for caller in (first, second):
+        caller.join(60)
+        assert not caller.is_alive()
+    torch.set_num_threads(before)
+    assert sorted(ran) == ["caller"] * 2 + ["cpu-kernels"] * (2 if broken else 1)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")

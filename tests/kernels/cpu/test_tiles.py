@@ -1,7 +1,7 @@
 """Products of many rows by tiles of a matrix, `workbench.kernels.cpu.tiles`, against float64.
 
-The loops are those of `workbench.kernels.cpu.dense_tile_loops` and `workbench.kernels.cpu.integer_tile_loops`, and of
-`workbench.kernels.cpu.dense_integer_loops` beyond 32 rows, with the jobs of `workbench.kernels.cpu.tile_jobs`.
+The loops are those of `workbench.kernels.cpu.dense_tile_loops` and `workbench.kernels.cpu.integer_tile_loops`, with the
+integers of `workbench.kernels.cpu.integer_groups` and the jobs of `workbench.kernels.cpu.tile_jobs`.
 """
 
 import pytest
@@ -276,7 +276,7 @@ def test_matrices_of_other_kinds_are_not_covered() -> None:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The products by tiles that were computed."""
     made: list[str] = []
-    for name in ("dense_linear", "packed_linear", "expert_linear"):
+    for name in ("dense_linear", "packed_linear", "expert_linear", "write_expert_rows"):
         original = getattr(tiles, name)
         monkeypatch.setattr(
             tiles, name, lambda *given, name=name, original=original: made.append(name) or original(*given)
@@ -302,7 +302,10 @@ def test_many_rows_are_multiplied_by_tiles_where_bfloat16_is_slow(
     assert len(calls) == 3
 
 
-@pytest.mark.parametrize(("tokens", "expected"), [(32, []), (33, ["expert_linear"] * 2), (300, ["packed_linear"])])
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [(32, []), (33, ["expert_linear", "write_expert_rows"] * 2), (300, ["write_expert_rows"] * 2)],
+)
 def test_experts_take_the_kernel_for_their_number_of_tokens(
     tokens: int, expected: list[str], calls: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,7 +316,7 @@ def test_experts_take_the_kernel_for_their_number_of_tokens(
     gates = torch.rand(tokens, 2, generator=torch.Generator().manual_seed(6))
     monkeypatch.setattr(moe, "_FEW_ROWS", 100)
     got = moe.moe(x, experts, gates, weights)
-    assert calls[:2] == expected[:2] or calls == expected * (2 * EXPERTS)
+    assert calls == expected
     monkeypatch.setattr(cpu, "compiled", lambda *tensors: None)
     want = moe.moe(
         x.double(),
@@ -325,3 +328,26 @@ def test_experts_take_the_kernel_for_their_number_of_tokens(
     )
     assert (got - want).norm() / want.norm() < 0.01
     assert (got - want.roll(1, 0)).norm() / want.norm() > 0.5
+
+
+@pytest.mark.parametrize("most", [1, 200, 2048])
+def test_shares_of_experts_have_the_results_of_single_experts(
+    most: int, number_of_threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate_up, gate_up_bias = stack(128, 96)
+    down, down_bias = stack(96, 64)
+    weights = moe.Experts(gate_up, gate_up_bias, down, down_bias, 7.0, 1.702)
+    x, experts, gates = normal(300, 96, seed=5).bfloat16(), chosen(300), torch.full((300, 3), 1 / 3)
+    monkeypatch.setattr(cpu, "_widens", lambda: True)
+    monkeypatch.setattr(moe, "_FEW_ROWS", 0)
+    monkeypatch.setattr(moe, "_SHARE_ROWS", most)
+    counts = torch.bincount(experts.flatten(), minlength=EXPERTS).tolist()
+    shares = moe._shares(counts)
+    assert [pair for share, _ in shares for pair in share] == [(e, n) for e, n in enumerate(counts) if n]
+    assert all(rows == sum(n for _, n in share) and (rows <= most or len(share) == 1) for share, rows in shares)
+    assert len(shares) == {1: 4, 200: 3, 2048: 1}[most]
+    got = moe.moe(x, experts, gates, weights)
+    monkeypatch.setattr(moe, "_by_tiles", lambda *given: None)
+    assert torch.equal(got, moe.moe(x, experts, gates, weights))
+    monkeypatch.undo()
+    assert not torch.equal(got, moe.moe(x, (experts + 1) % EXPERTS, gates, weights))
