@@ -69,6 +69,7 @@ TESTED_BY = {
     "bench/command": "bench/test_kernels.py",
     "bench/decode": "bench/test_cpu.py",
     "cli/page_export": "studies/test_feature_pages.py",
+    "studies/feature_labels": "dashboards/test_features_page.py",
     "figures/feature_examples": "studies/test_feature_examples.py",
     "figures/neuron_examples": "studies/test_neuron_examples.py",
     "runs/feature_examples": "capture/test_feature_lists.py",

@@ -157,16 +157,13 @@ def graph_ablation(
     with nothing held fixed. Printed are the predicted effect (what the node adds to the target in the graph) and the
     measured one (by how much the target falls). The dashboard's page Why this token runs this command.
     """
-    from workbench.bounded_json import read_json
     from workbench.experiments import graph_ablation
     from workbench.experiments.dictionary_features import load_autoencoders
-    from workbench.inputs import regular_file
     from workbench.outputs import check_output, staged
 
     inputs: list[str | Path] = [graph, *(sae or []), *([adapter] if adapter else [])]
     check_output(out, command="graph-ablation", inputs=inputs, overwrite=overwrite)
-    with regular_file(graph) as file:
-        content = read_json(file)
+    content = graph_ablation.read_file(graph)
     loaded = load_model(model, device, dtype, ignore_field, adapter)
     saes = load_autoencoders(sae or [], loaded.device)
     effects = graph_ablation.measure(loaded, content, node or (), top=top, saes=saes)

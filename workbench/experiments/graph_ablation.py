@@ -1,6 +1,6 @@
 """Ablate nodes of a stored attribution graph in the model, and store the measured effects beside the predicted ones.
 
-    content = read_json("graph.json")
+    content = graph_ablation.read_file("graph.json")
     effects = graph_ablation.measure(model, content, ["1_2_17", "2_21_17"])
     effects.nodes                                        # value (predicted) and measured, in logits
     graph_ablation.with_effects(content, effects)        # the file's content with the measured effects
@@ -12,15 +12,18 @@ there (zero ablation of `attn.hook_z`, or of an expert's output without its bias
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
 
+from workbench.bounded_json import read_json
 from workbench.errors import InputError
 from workbench.experiments import graph_checks
 from workbench.experiments.attribution_graph import AttributionGraph
 from workbench.hooks.sae import SAE
+from workbench.inputs import regular_file
 from workbench.model.transformer import GptOss
 from workbench.studies.feature_pages import numbers_of
 
@@ -77,6 +80,16 @@ def with_effects(content: Mapping[str, Any], effects: AblationEffects) -> dict[s
     info["measured"] = {**(info.get("measured") or {}), **own}
     info["measured_together"] = {"nodes": list(own), "value": effects.together}
     return changed
+
+
+def read_file(path: str | Path) -> Any:
+    """Return the content of a file of `workbench graph`, which `measure` checks.
+
+    Raises:
+        InputError: it cannot be read, or is not JSON.
+    """
+    with regular_file(path) as file:
+        return read_json(file)
 
 
 def read_graph(model: GptOss, content: Any, saes: Mapping[str, SAE] | None = None) -> AttributionGraph:
