@@ -154,6 +154,7 @@ MAY_IMPORT = {
     },
     "cli": {
         "counting",
+        "inputs",
         "bounded_json",
         "memory",
         "file_lock",

@@ -121,19 +121,13 @@ def test_the_table_of_conversations_is_filtered_sorted_and_leads_to_one(demo: st
     rows = page.locator(".tabulator-row")
     expect(rows).to_have_count(15)
     expect(rows.first).to_contain_text("/high/0")
-    assert violations(page.main_frame, []) == []
+    expect_value(page, lambda: violations(page.main_frame, []), [])
     page.locator(".tabulator-col", has_text="conversation").locator("input").press_sequentially("chain-0")
     expect(rows.first).to_contain_text("chain-0")
     page.locator(".tabulator-col-title", has_text="answer tokens").click()
     lengths = "a => a.map(r => Number(r.querySelector('[tabulator-field=\"answer tokens\"]').textContent))"
-    shown = rows.evaluate_all(lengths)
-    for _ in range(600):  # until the table is sorted
-        if shown == sorted(shown):
-            break
-        page.wait_for_timeout(200)
-        shown = rows.evaluate_all(lengths)
-    assert shown == sorted(shown)
-    assert len(set(shown)) > 3, "negative control: rows differ"
+    # until the table is sorted; its rows differ, or the order would not show
+    read_until(page, lambda: rows.evaluate_all(lengths), lambda shown: len(set(shown)) > 3 and shown == sorted(shown))
     link = rows.first.get_by_role("link")
     name = link.inner_text()
     link.click()

@@ -243,9 +243,9 @@ def test_a_saved_recipe_is_loaded_by_a_click_and_its_answers_are_on_the_first_sc
     expect(page.get_by_text("was saved for all viewers as my layers.json")).to_be_visible()
     expect(page.get_by_role("button", name="my layers")).to_be_visible()
     assert Recipe.from_file(recipes / "my layers.json") == Recipe.from_file(recipes / "four layers.json")
-    assert violations(page.main_frame, []) == []
+    expect_value(page, lambda: violations(page.main_frame, []), [])
     page.set_viewport_size({"width": 700, "height": 800})
     page.evaluate("window.scrollTo(0, 0)")
     expect(answers.first).not_to_be_in_viewport()  # negative control: one column
-    assert page.evaluate("document.documentElement.scrollWidth") == 700
+    expect_value(page, lambda: page.evaluate("document.documentElement.scrollWidth"), 700)
     assert (session.errors, session.foreign) == ([], [])
