@@ -154,7 +154,6 @@ MAY_IMPORT = {
     },
     "cli": {
         "counting",
-        "inputs",
         "bounded_json",
         "memory",
         "file_lock",
