@@ -13,6 +13,7 @@ from urllib.parse import urlencode
 import panel as pn
 import xarray as xr
 
+from workbench.counting import count_of
 from workbench.dashboards import attribution_graph, search, widgets
 from workbench.dashboards.frame_view import view_input
 from workbench.dashboards.results_pages import unreadable_notes
@@ -114,7 +115,10 @@ class _Ablations:
             values = dict(zip(ds["node"].values.tolist(), ds["measured"].values.tolist(), strict=True))
             message = json.dumps({"nodes": values, "together": ds.attrs["together"]})
             widgets.when_shown(lambda: setattr(self.field, "value", message))
-            what, fall = labels[nodes[0]] if len(nodes) == 1 else f"{len(nodes)} nodes together", ds.attrs["together"]
+            what, fall = (
+                labels[nodes[0]] if len(nodes) == 1 else f"{count_of(len(nodes), 'node')} together",
+                ds.attrs["together"],
+            )
             change = f"{'falls' if fall >= 0 else 'rises'} by {abs(fall):.2f} logits"
             return [widgets.html(f"<p>Without {escape(what)}, the target {change}, measured in the model.</p>")]
 
