@@ -115,10 +115,8 @@ class _Ablations:
             values = dict(zip(ds["node"].values.tolist(), ds["measured"].values.tolist(), strict=True))
             message = json.dumps({"nodes": values, "together": ds.attrs["together"]})
             widgets.when_shown(lambda: setattr(self.field, "value", message))
-            what, fall = (
-                labels[nodes[0]] if len(nodes) == 1 else f"{count_of(len(nodes), 'node')} together",
-                ds.attrs["together"],
-            )
+            what = labels[nodes[0]] if len(nodes) == 1 else f"{count_of(len(nodes), 'node')} together"
+            fall = ds.attrs["together"]
             change = f"{'falls' if fall >= 0 else 'rises'} by {abs(fall):.2f} logits"
             return [widgets.html(f"<p>Without {escape(what)}, the target {change}, measured in the model.</p>")]
 

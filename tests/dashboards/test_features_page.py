@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
+from playwright.sync_api import Browser, expect
 from typer.testing import CliRunner
 
 import workbench as wb
 from tests.capture.test_feature_lists import HOOK, write_sae
-from tests.dashboards.browsing import Browser, expect, serve, stop
 from tests.dashboards.browsing import Session as Browsing
+from tests.dashboards.browsing import serve, stop
 from workbench.cli import app
 from workbench.dashboards import feature_details, features_page
 from workbench.dashboards.pages import absent_pages, made

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from playwright.sync_api import expect
 
 import workbench as wb
-from tests.dashboards.browsing import Session, expect, serve, stop
+from tests.dashboards.browsing import Session, serve, stop
 from tests.dashboards.test_attribution_graph import graph as file_without_ids
 from tests.dashboards.test_pages import graph_frame, node
 from workbench.dashboards.attribution_graph import ablated_nodes, graph_data, heads_by_node

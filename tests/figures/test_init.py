@@ -35,7 +35,7 @@ OF_ROUTING = dict(
 )
 FEW = {"n_boot": 20, "n_permutations": 99}  # of the parts of studies that are not compared here
 LINE = re.compile(
-    r"layer (\d+) (?:expert|head) (\d+)[:,] .*?([+-]\d+\.\d) (?:points )?\[([+-]\d+\.\d), ([+-]\d+\.\d)\]"
+    r"layer (\d+) (?:expert|head) (\d+)[:,] .*?([+-]?\d+\.\d) (?:points )?\[([+-]?\d+\.\d), ([+-]?\d+\.\d)\]"
 )
 
 
