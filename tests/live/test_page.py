@@ -339,6 +339,18 @@ def test_the_map_has_no_cell_for_an_expert_that_a_layer_does_not_have() -> None:
     assert shares_by_cell(load, replace(cfg, layer_experts=None)) == load
 
 
+def test_a_map_of_many_experts_has_almost_half_of_the_width(
+    server: ModelServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def classes() -> list[str]:
+        grid = page(server)[0].main()[0][0]
+        return list(grid.css_classes)
+
+    assert classes() == []  # negative control: 16 experts
+    monkeypatch.setattr("workbench.live.page._FEW_EXPERTS", 15)
+    assert classes() == ["lv-wide"]
+
+
 def test_the_navigation_of_the_live_page_is_that_of_the_other_pages(
     server: ModelServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

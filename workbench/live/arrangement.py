@@ -20,15 +20,20 @@ grid-template-areas:"prompt" "answers" "experts"}}
 :host{{grid-template-columns:minmax(330px,3fr) minmax(0,5fr);grid-template-rows:auto 1fr;
 grid-template-areas:"prompt answers" "experts answers"}}
 .lv-answers-area{{position:sticky;top:{_HEADER}px}}
+:host(.lv-wide){{grid-template-columns:minmax(330px,5fr) minmax(0,6fr)}}
 }}
 """
 
 
-def arranged(prompt: list[Any], answers: list[Any], experts: list[Any]) -> pn.Column:
-    """Return the parts of the page in one or two columns, whichever the width allows."""
+def arranged(prompt: list[Any], answers: list[Any], experts: list[Any], *, wide_map: bool = False) -> pn.Column:
+    """Return the parts of the page in one or two columns, whichever the width allows.
+
+    wide_map: the map of experts has so many columns that the left column takes almost half of the width.
+    """
     areas = {"prompt": prompt, "answers": answers, "experts": experts}
     columns = [
         pn.Column(*parts, sizing_mode="stretch_width", css_classes=[f"lv-{name}-area"]) for name, parts in areas.items()
     ]
-    grid = pn.Column(*columns, sizing_mode="stretch_width", stylesheets=[_GRID_CSS])
+    classes = ["lv-wide"] if wide_map else []
+    grid = pn.Column(*columns, sizing_mode="stretch_width", stylesheets=[_GRID_CSS], css_classes=classes)
     return pn.Column(grid, sizing_mode="stretch_width", stylesheets=[_MEASURED_CSS])

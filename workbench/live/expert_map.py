@@ -88,7 +88,7 @@ export function render({ model, el }) {
 """
     _stylesheets: ClassVar[list[Any]] = [
         """
-.map{display:grid;gap:2px;width:100%}
+.map{display:grid;gap:2px;width:100%;box-sizing:border-box;padding:4px;overflow-x:auto}
 .label{color:var(--wb-muted);font-size:var(--wb-small);padding-right:6px;text-align:right;line-height:22px}
 .column{color:var(--wb-muted);font-size:11px;text-align:center;line-height:16px;height:16px;white-space:nowrap}
 button{all:unset;box-sizing:border-box;height:22px;border-radius:3px;cursor:pointer;border:1px solid transparent;

@@ -45,6 +45,7 @@ _NO_ANSWER = (
 _NO_COMPARISON = "No comparison yet. Add an intervention and press Run."
 _COMPARISON_LATER = "The comparison follows when both answers are complete."
 _UNMATCHED = "No token of the edited answer or its prompt is in the scope: the intervention changed nothing."
+_FEW_EXPERTS = 20  # with more, the map of experts needs about half of the width
 _EDIT_THERE = "The answer is in the field “Beginning of the answer”. Edit it there and press Run."
 
 
@@ -170,6 +171,7 @@ class LivePage:
                 [*([self._gallery.view] if self._gallery else []), widgets.card("Prompt", prompt)],
                 [controls, widgets.beside(*sides, width=250), widgets.card("Difference", self._comparison)],
                 [widgets.card("Experts and interventions", experts)],
+                wide_map=self._server.model.cfg.num_experts > _FEW_EXPERTS,
             ),
             widgets.card("Recipe", self._recipe_card.view()),
         ]
