@@ -151,7 +151,7 @@ def test_options_that_name_an_output_never_name_one_in_the_run(run, nano):
     """Every option with a path is known as an input or an output; a new one fails until it is."""
     words = re.compile(r"\b(file|folder|jsonl)\b", re.IGNORECASE)
     paths = {name for record in registry.records() for name, text in record.options.items() if words.search(text)}
-    assert paths - {"jacobian", "paraphrases"} == OUTPUTS
+    assert paths - {"jacobian", "paraphrases", "sae"} == OUTPUTS
     inside = str(DATA / "demo.zarr" / "inside")
     for name, option in (("jacobian-lens", "save"), ("sentence-importance", "store")):
         with pytest.raises(InputError, match="is inside the input"):
