@@ -66,7 +66,9 @@ def test_only_known_harmless_choices_are_stored(text: str, expected: dict[str, s
 
 @pytest.mark.browser
 def test_patterns_are_computed_on_request_and_the_address_reopens_them(demo: str, browser: object) -> None:
-    from tests.dashboards.browsing import Session, expect
+    from playwright.sync_api import expect
+
+    from tests.dashboards.browsing import Session
 
     session = Session(browser, f"{demo}/attention?sequence=2&layer=1&head=3&token=40")  # type: ignore[arg-type]
     frame = session.page.frame_locator("iframe[title='attention patterns']")

@@ -27,7 +27,7 @@ def test_both_themes_have_the_same_tokens_and_use_no_other() -> None:
         assert theme.TOKENS[name]["surface"] == THEMES[name].paper
         css = theme.style(name) + theme.CARD_CSS + theme.TABULATOR_CSS
         defined = {part.partition(":")[0] for part in theme.variables(name).replace("{", ";").split(";")}
-        used = {part.partition(")")[0] for part in css.split("var(")[1:]}
+        used = {part.partition(")")[0].partition(",")[0] for part in css.split("var(")[1:]}
         assert used - {"--share"} <= defined, "all but what an element sets itself"
         assert "url(" not in css, "nothing is fetched"
 
