@@ -72,7 +72,10 @@ def studies_table() -> str:
 def dashboard_table() -> str:
     """What `workbench bench dashboard` wrote, as tables."""
     measured = json.loads((HERE / "bench_dashboard.json").read_text())
-    pages = [f"| {p} | {s:.2f} | {measured['page_s'][p]:.2f} |" for p, s in measured["first_visit_s"].items()]
+    pages = [
+        f"| {page} | {seconds:.2f} | {measured['page_s'][page]:.2f} | {measured['next_page_s'][page]:.2f} |"
+        for page, seconds in measured["first_visit_s"].items()
+    ]
     many = next(name for name in measured if name.startswith("change_of_"))
     slowest = measured["slowest_change_s"]
     changes = [
@@ -84,10 +87,11 @@ def dashboard_table() -> str:
             f"{measured['machine']}; browser and server share it: its load average was {measured['load_average'][0]} "
             f"before and {measured['load_average'][1]} after. The server's peak was {measured['server_peak_gb']:.2f} "
             "GB. A visit ends when the main result of the page is shown; the first visit of the overview, *Analysis "
-            "vs. final* and *Effort* ends when what needs no study is there.",
+            "vs. final* and *Effort* ends when what needs no study is there. Browsers come without stored scripts, but "
+            "for the last column, of visitors who come from the overview.",
             "",
-            "| page | first visit, s | later, s |",
-            "|---|---|---|",
+            "| page | first visit, s | later, s | after the overview, s |",
+            "|---|---|---|---|",
             *pages,
             "",
             f"| change of selection | one session, s | {many.split('_')[2]} at once, s | slowest of them, s |",

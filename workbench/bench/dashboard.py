@@ -128,6 +128,7 @@ def run(path: str, rounds: int, sessions: int, results: Path | None = None) -> d
         server, url = _serve(path, later)
         try:
             again = asyncio.run(_pages(url, chromium, PAGES, rounds))
+            followed = asyncio.run(_pages(url, chromium, PAGES, rounds, after="overview"))
             one = _medians(asyncio.run(_changes(url, chromium, rounds, 1)))
             many = asyncio.run(_changes(url, chromium, rounds, sessions))
             at_once, slowest = _medians(many), {name: max(values) for name, values in many.items()}
@@ -140,12 +141,14 @@ def run(path: str, rounds: int, sessions: int, results: Path | None = None) -> d
         "load_average": load,
         "first_visit_s": first,
         "page_s": again,
+        "next_page_s": followed,
         "change_s": one,
         f"change_of_{sessions}_s": at_once,
         "slowest_change_s": slowest,
         "server_peak_gb": peak,
     }
-    show("pages", ["page", "first session, s", "later, s"], [[p, f"{first[p]:.2f}", f"{again[p]:.2f}"] for p in first])
+    table = [[page, *(f"{kind[page]:.2f}" for kind in (first, again, followed))] for page in first]
+    show("pages", ["page", "first session, s", "later, s", "after the overview, s"], table)
     kinds = (one, at_once, slowest)
     rows = [[name, *(f"{kind[name]:.3f}" for kind in kinds)] for name in one]
     rows.append(["median", *(f"{statistics.median(kind.values()):.3f}" for kind in kinds)])
@@ -193,8 +196,13 @@ def _make_studies(path: str, cache: Path) -> None:
     registry.jobs.close()
 
 
-async def _pages(url: str, chromium: str, pages: dict[str, str], rounds: int) -> dict[str, float]:
-    """Return the median seconds from the address to what the page is for, each time of a browser without cache."""
+async def _pages(
+    url: str, chromium: str, pages: dict[str, str], rounds: int, after: str | None = None
+) -> dict[str, float]:
+    """Return the median seconds from the address to what the page is for, each time of a browser without cache.
+
+    after: the page that the visitor opened before, so that the browser has the scripts.
+    """
     from playwright.async_api import async_playwright
 
     seconds = {}
@@ -204,6 +212,10 @@ async def _pages(url: str, chromium: str, pages: dict[str, str], rounds: int) ->
             times = []
             for _ in range(rounds):
                 visitor = await browser.new_page(viewport={"width": 1280, "height": 900})
+                if after is not None:
+                    await visitor.goto(f"{url}/{after}", timeout=_MOST_MS)
+                    await visitor.wait_for_function(_SEES, arg=pages[after], timeout=_MOST_MS)
+                    await visitor.wait_for_timeout(3000)  # what comes later has come
                 start = time.monotonic()
                 await visitor.goto(f"{url}/{page}", wait_until="commit", timeout=_MOST_MS)
                 await visitor.wait_for_function(_SEES, arg=text, timeout=_MOST_MS)
