@@ -28,7 +28,7 @@ grid-template-areas:"prompt answers" "experts answers"}}
 def arranged(prompt: list[Any], answers: list[Any], experts: list[Any], *, wide_map: bool = False) -> pn.Column:
     """Return the parts of the page in one or two columns, whichever the width allows.
 
-    wide_map: the map of experts has so many columns that the left column takes almost half of the width.
+    wide_map: whether the left column takes almost half of the width, for a map with many experts.
     """
     areas = {"prompt": prompt, "answers": answers, "experts": experts}
     columns = [
