@@ -19,7 +19,7 @@ from workbench.dashboards.neurons_page import effects_table
 from workbench.dashboards.session import Page, Selectors, Session, missing_record, study
 from workbench.errors import InputError
 from workbench.studies import expert_labels
-from workbench.studies.expert_labels import MAX_LABEL
+from workbench.studies.label_files import MAX_LABEL, cleaned
 from workbench.studies.layer_experts import layer_experts
 from workbench.studies.quick_look import ALL
 
@@ -161,7 +161,7 @@ def label_editor(session: Session, examples: xr.Dataset, layer: int, expert: int
     message = widgets.html("")
 
     def store(*_: Any) -> None:
-        clean = expert_labels.cleaned(str(field.value_input or field.value))
+        clean = cleaned(str(field.value_input or field.value))
         path = session.registry.put_label(session.name, examples, layer, expert, clean)
         message.object = f"<p role='status' class='wb-muted'>Saved in {escape(path.name)}.</p>"
 

@@ -17,7 +17,7 @@ from workbench.figures.feature_examples import activation_histogram, density_his
 from workbench.harmony.labels import CHANNELS
 from workbench.runs import Run, feature_examples
 from workbench.studies import feature_labels, token_labels
-from workbench.studies.expert_labels import MAX_LABEL
+from workbench.studies.label_files import MAX_LABEL
 
 _SHOWN_TOKENS = 3  # that a feature raises, in the table
 _EFFECTS = {"top_text", "bottom_text", "top_logit", "bottom_logit"}

@@ -202,6 +202,7 @@ TESTED_BY = {
     "studies/contrast_summary": "studies/test_contrast.py",
     "studies/compare_efforts": "studies/test_compare.py",
     "studies/comparison": "studies/test_divergence.py",
+    "studies/label_files": "studies/test_expert_labels.py",
     "studies/label_proposals": "studies/test_expert_labels.py",
     "studies/layer_experts": "capture/test_layer_experts.py",
     "studies/routing_agreement": "capture/test_host_routing.py",

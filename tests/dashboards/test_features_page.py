@@ -155,6 +155,12 @@ def test_a_label_of_a_person_is_stored_shown_and_found(listed: Run) -> None:
     with pytest.raises(InputError):
         registry.put_feature_label(registry.names[0], HOOK, 2, feature, "other")
     assert path.read_text() == '{"name": "x"}\n', "a file that holds something else is left as it is"
+    lines = [f'{{"name": "x", "layer": 2, "feature": {n}, "label": "a"}}\n' for n in (7, 8, 7)]
+    path.write_text("".join(lines[:2]))
+    assert len(feature_labels.read(listed)) == 2, "negative control: different features"
+    path.write_text("".join(lines))
+    with pytest.raises(InputError, match=r"line 3: feature 7 of x, layer 2, has a label already: remove one"):
+        feature_labels.read(listed)
     path.unlink()
     registry.put_feature_label(registry.names[0], HOOK, 2, feature, "")
     assert feature_labels.read(listed) == {}

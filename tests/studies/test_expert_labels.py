@@ -1,6 +1,6 @@
 """Labels are read as data, kept when a person wrote them, and scored only where the score is of what is shown.
 
-Also tests `workbench.cli.labels`.
+Also tests `workbench.cli.labels` and `workbench.studies.label_files`.
 """
 
 import json

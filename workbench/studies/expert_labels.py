@@ -18,9 +18,9 @@ import numpy as np
 import pandas as pd
 import xarray as xr
 
-from workbench.bounded_json import parse_json
 from workbench.errors import InputError
 from workbench.outputs import check_output, staged
+from workbench.studies.label_files import cleaned, objects, path_beside
 
 COLUMNS = (
     "layer",
@@ -34,8 +34,6 @@ COLUMNS = (
     "score_high",
     "scored",
 )
-MAX_LABEL = 200  # characters
-_MAX_FILE_BYTES = 2**28
 _TEXTS = ("label", "automatic", "proposed", "proposed_by")
 _NUMBERS = ("score", "score_low", "score_high", "scored")
 
@@ -46,10 +44,7 @@ def path_of(run: Any) -> Path:
     Raises:
         InputError: the run is on an object storage.
     """
-    if "://" in str(run.path):
-        raise InputError(f"{run.path}: labels are kept beside a run in a local folder: copy the run, or name a file")
-    path = Path(str(run.path))
-    return path.with_name(f"{path.name}.labels.jsonl")
+    return path_beside(run, "labels.jsonl")
 
 
 def automatic(examples: xr.Dataset) -> pd.DataFrame:
@@ -74,30 +69,14 @@ def read(run: Any, path: str | Path | None = None) -> pd.DataFrame | None:
         if path is not None:
             raise InputError(f"{file} is not a file of labels")
         return None
-    rows = [_row(run, file, n, line) for n, line in enumerate(_lines(file), 1) if line.strip()]
+    rows = [_row(run, where, row) for where, row in objects(file, '{"layer": 0, "expert": 3, "label": "digits"}')]
     table = pd.DataFrame(rows, columns=list(COLUMNS))
     if (twice := table[table.duplicated(["layer", "expert"])]).size:
         raise InputError(f"{file}: layer {twice['layer'].iloc[0]} expert {twice['expert'].iloc[0]} has two labels")
     return table
 
 
-def _lines(file: Path) -> list[str]:
-    if (size := file.stat().st_size) > _MAX_FILE_BYTES:
-        raise InputError(f"{file} has {size:,} bytes, expected at most {_MAX_FILE_BYTES:,} of labels")
-    try:
-        return file.read_text(encoding="utf-8").split("\n")  # not splitlines: a label may hold other separators
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} cannot be read as UTF-8: {error}") from error
-
-
-def _row(run: Any, file: Path, number: int, line: str) -> dict[str, Any]:
-    where = f"{file} line {number}"
-    try:
-        row = parse_json(line)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
-    if not isinstance(row, dict):
-        raise InputError(f'{where}: expected an object such as {{"layer": 0, "expert": 3, "label": "digits"}}')
+def _row(run: Any, where: str, row: dict[str, Any]) -> dict[str, Any]:
     for name, size in (("layer", run.model["n_layers"]), ("expert", run.model["num_experts"])):
         if type(row.get(name)) is not int or not 0 <= row[name] < size:
             raise InputError(f"{where}: {name} is {row.get(name)!r}, expected 0 to {size - 1}")
@@ -111,11 +90,6 @@ def _row(run: Any, file: Path, number: int, line: str) -> dict[str, Any]:
         row[name] = np.nan if value is None else float(value)
     row["label"] = cleaned(row["label"])
     return {name: row[name] for name in COLUMNS}
-
-
-def cleaned(text: str) -> str:
-    """Return a label as one line of printable characters, at most 200."""
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:MAX_LABEL]
 
 
 def is_edited(rows: pd.DataFrame) -> "pd.Series[bool]":

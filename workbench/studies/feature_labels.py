@@ -16,18 +16,18 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from workbench.bounded_json import parse_json
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
 from workbench.outputs import staged
 from workbench.runs import conversations, feature_examples
 from workbench.studies import token_labels
-from workbench.studies.expert_labels import cleaned
+from workbench.studies.label_files import cleaned, objects, path_beside
 
 TOKENS = 3  # of an automatic label
 _PLACES = 8  # strongest tokens of a feature, among which are those of its label
-_MAX_FILE_BYTES = 2**28
 _FRAME = CHANNELS.index("frame")
+_TYPES = {"name": str, "layer": int, "feature": int, "label": str}
+_EXAMPLE = '{"name": "…", "layer": 2, "feature": 7, "label": "…"}'
 Labels = dict[tuple[str, int, int], str]
 
 
@@ -94,38 +94,26 @@ def path_of(run: Any) -> Path:
     Raises:
         InputError: the run is on an object storage.
     """
-    if "://" in str(run.path):
-        raise InputError(f"{run.path}: labels are kept beside a run in a local folder: copy the run")
-    path = Path(str(run.path))
-    return path.with_name(f"{path.name}.feature-labels.jsonl")
+    return path_beside(run, "feature-labels.jsonl")
 
 
 def read(run: Any) -> Labels:
     """Return the labels that people gave the run's features, by (name, layer, feature); none without a file.
 
     Raises:
-        InputError: a line of the file is no label of a feature.
+        InputError: a line of the file is no label of a feature, or a feature has two.
     """
     if "://" in str(run.path) or not (file := path_of(run)).is_file():
         return {}
-    if (size := file.stat().st_size) > _MAX_FILE_BYTES:
-        raise InputError(f"{file} has {size:,} bytes, expected at most {_MAX_FILE_BYTES:,} of labels")
-    try:
-        lines = file.read_text(encoding="utf-8").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{file} cannot be read as UTF-8: {error}") from error
-    return dict(_row(f"{file} line {number}", line) for number, line in enumerate(lines, 1) if line.strip())
-
-
-def _row(where: str, line: str) -> tuple[tuple[str, int, int], str]:
-    try:
-        row = parse_json(line)
-    except InputError as error:
-        raise InputError(f"{where}: {error}") from error
-    types = {"name": str, "layer": int, "feature": int, "label": str}
-    if not isinstance(row, dict) or any(type(row.get(key)) is not kind for key, kind in types.items()):
-        raise InputError(f'{where}: expected an object such as {{"name": "…", "layer": 2, "feature": 7, "label": "…"}}')
-    return (row["name"], row["layer"], row["feature"]), cleaned(row["label"])
+    labels: Labels = {}
+    for where, row in objects(file, _EXAMPLE):
+        if any(type(row.get(key)) is not kind for key, kind in _TYPES.items()):
+            raise InputError(f"{where}: expected an object such as {_EXAMPLE}")
+        key = row["name"], row["layer"], row["feature"]
+        if key in labels:
+            raise InputError(f"{where}: feature {key[2]} of {key[0]}, layer {key[1]}, has a label already: remove one")
+        labels[key] = cleaned(row["label"])
+    return labels
 
 
 def put(run: Any, name: str, layer: int, feature: int, label: str) -> Path:

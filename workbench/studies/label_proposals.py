@@ -22,7 +22,7 @@ from workbench.bounded_json import parse_json
 from workbench.errors import InputError, JobError
 from workbench.harmony.hosts import answers
 from workbench.harmony.hosts.client import HostError
-from workbench.studies.expert_labels import cleaned
+from workbench.studies.label_files import cleaned
 
 SHOWN = 12  # examples from which a label is proposed
 SCORED = 8  # held-out texts of the expert, and as many of others
