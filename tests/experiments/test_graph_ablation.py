@@ -110,6 +110,15 @@ def test_what_does_not_fit_the_model_is_refused(
         graph_ablation.measure(model, changed, top=1)
 
 
+def test_a_file_that_is_no_json_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "notes.md"
+    path.write_text("# Notes")
+    with pytest.raises(InputError, match=r"notes\.md: not JSON: .*; expected a file of `workbench graph`"):
+        graph_ablation.read_file(path)
+    path.write_text("[1]")
+    assert graph_ablation.read_file(path) == [1]  # negative control: JSON is read
+
+
 def test_the_command_prints_and_stores_both_effects(content: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "g.json").write_text(json.dumps(content))
     arguments = ["graph-ablation", str(tmp_path / "g.json"), "--model", "nano", "--out", str(tmp_path / "m.json")]

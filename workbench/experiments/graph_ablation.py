@@ -89,7 +89,10 @@ def read_file(path: str | Path) -> Any:
         InputError: it cannot be read, or is not JSON.
     """
     with regular_file(path) as file:
-        return read_json(file)
+        try:
+            return read_json(file)
+        except InputError as error:
+            raise InputError(f"{path}: {error}; expected a file of `workbench graph`") from error
 
 
 def read_graph(model: GptOss, content: Any, saes: Mapping[str, SAE] | None = None) -> AttributionGraph:
