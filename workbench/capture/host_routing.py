@@ -18,8 +18,6 @@ from workbench.harmony.hosts.routing import read_experts, sidecar
 from workbench.harmony.transcripts import Transcript
 from workbench.model.config import Config
 
-ROUTINGS = ("own", "host")
-
 
 def with_host_routes(rows: Sequence[Transcript], transcripts: str | Path, cfg: Config) -> list[Transcript]:
     """Return the transcripts with the experts that the host chose.

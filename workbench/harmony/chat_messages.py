@@ -393,10 +393,6 @@ def _final(text: str) -> dict[str, Any]:
     return {"role": "assistant", "channel": "final", "content": text}
 
 
-def _function_of(call: Any) -> dict[str, Any]:
-    return {"function": call.get("function") if isinstance(call, Mapping) else None}
-
-
 def _stated_end(message: Mapping[str, Any]) -> bool | None:
     """Whether a message states that it was cut off or ended, in itself or in the metadata of its program."""
     about = message.get("response_metadata")
