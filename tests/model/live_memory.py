@@ -10,12 +10,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+UNINITIALIZED = {torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided, torch.ops.aten.new_empty}
+
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the storages made while it is on, until they are freed; views and what was there before are nobody's."""
+    """Counts the storages made while it is on, until they are freed; views and what was there before are nobody's.
 
-    def __init__(self, there: Iterable[Tensor] = ()) -> None:
+    zeroed: fill memory that would not be initialized with zeros, for launchers whose kernels do not run.
+    """
+
+    def __init__(self, there: Iterable[Tensor] = (), *, zeroed: bool = False) -> None:
         super().__init__()
+        self._zeroed = zeroed
         self.live = self.peak = 0
         self._known = {tensor.untyped_storage()._cdata for tensor in there}
 
@@ -30,6 +36,8 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         out = func(*args, **(kwargs or {}))
+        if self._zeroed and func.overloadpacket in UNINITIALIZED:
+            out.zero_()
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._meet(tensor.untyped_storage(), given)

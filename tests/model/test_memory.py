@@ -110,7 +110,7 @@ def in_order(t: Tensor, hook: object) -> None:
 
 
 def measured(case: Case) -> int:
-    """The most bytes alive in a forward pass of Triton's launchers, interpreted."""
+    """The most bytes alive in a forward pass of Triton's launchers; without kernels, outputs are zeros."""
     with torch.device("meta"):
         model = GptOss(case.cfg, packed=True)
     state = {n: t.to(case.dtype) if t.is_floating_point() else t for n, t in RandomTensors(case.cfg).items()}
@@ -118,7 +118,7 @@ def measured(case: Case) -> int:
     model.requires_grad_(False)
     hooks = [(f"blocks.0.{case.hook}", in_order)] if case.hook else []
     lengths = [case.tokens - 1, 1]
-    with torch.no_grad(), LiveBytes(model.state_dict().values()) as counted, model.hooks(fwd_hooks=hooks):
+    with torch.no_grad(), LiveBytes(model.state_dict().values(), zeroed=True) as counted, model.hooks(fwd_hooks=hooks):
         tokens = torch.arange(case.tokens) % 70
         if case.ends == "logits":
             model(tokens[None], packed=lengths)
@@ -131,7 +131,9 @@ def measured(case: Case) -> int:
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_each_stage_takes_the_memory_of_the_plan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launchers allocate as on a GPU and nothing is computed: no size depends on a value of a tensor."""
     case = CASES[name]
+    monkeypatch.setattr("triton.runtime.interpreter.GridExecutor.__call__", lambda *arguments, **options: None)
     monkeypatch.setattr(dispatch, "on_gpu", lambda x: True)
     monkeypatch.setattr(compute, "LOGIT_ROWS", ROWS)
     monkeypatch.setattr(chunking, "POSITIONS", POSITIONS)

@@ -198,16 +198,13 @@ def test_one_of_two_takes_the_lock(url: str) -> None:
     assert not storage_at(url).create(LOCK, b"{}")
 
 
-CHILD = """
+INTERRUPTED = (*LENGTHS, 1000, 1024)  # five units
+CHILD = f"""
 import sys
-from tests.runs.test_lock import compete
-from tests.serving import free_port, wait_for
-from tests.test_outputs import interrupt_every_step
-from workbench import outputs
-from tests.runs.conftest import job, write_unit, LENGTHS
+from tests.runs.conftest import job, write_unit
 from workbench.capture.plan import plan_units
 from workbench.runs.writer import open_writer
-with open_writer(sys.argv[1], **job(plan_units(LENGTHS, 1024))) as writer:
+with open_writer(sys.argv[1], **job(plan_units({INTERRUPTED}, 1024))) as writer:
     for index in writer.pending():
         write_unit(writer, index)
         print(index, flush=True)
@@ -217,7 +214,7 @@ with open_writer(sys.argv[1], **job(plan_units(LENGTHS, 1024))) as writer:
 
 def test_killed_in_a_bucket_and_begun_again(s3: str, tmp_path: Path) -> None:
     url = f"{s3}/{uuid.uuid4().hex}/r"
-    for kill_after in (0, 1, 1, None):
+    for kill_after in (0, 0, 1, None):
         with subprocess.Popen([sys.executable, "-c", CHILD, url], stdout=subprocess.PIPE, text=True) as child:
             assert child.stdout is not None
             if kill_after is None:
@@ -228,7 +225,7 @@ def test_killed_in_a_bucket_and_begun_again(s3: str, tmp_path: Path) -> None:
             time.sleep(0.01)
             child.send_signal(signal.SIGKILL)
     assert not verify(url)
-    write_run(tmp_path / "straight")
+    write_run(tmp_path / "straight", lengths=INTERRUPTED)
     assert contents(url) == contents(tmp_path / "straight")
     assert not any(KEY.encode() in data for data in contents(url).values())
 
