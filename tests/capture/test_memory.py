@@ -14,7 +14,7 @@ import workbench as wb
 from workbench.capture import pipeline
 torch.set_num_threads(1)
 model = wb.load("nano", dtype=torch.float32)
-record, unit_tokens = ["routing", "sinks", "resid_post"], int(sys.argv[3])
+record, unit_tokens = ["routing", "resid_post", "resid_mid", "attn_out", "mlp_out"], int(sys.argv[3])
 if sys.argv[4] == "broken":  # the records of every unit stay in memory
     compute, records = pipeline.compute, []
     def keep_records(*arguments):
@@ -43,9 +43,9 @@ def grows(once: int, ten_times: int) -> bool:
 
 @pytest.mark.slow
 def test_a_job_ten_times_as_long_takes_no_more_memory(rows: list[dict[str, Any]], tmp_path: Path, long: bool) -> None:
-    """Jobs of about 5 and 50 units; as a negative control, one of 50 units that keeps what it recorded."""
-    times, unit_tokens = (8, 4096) if long else (4, 2048)
+    """Jobs of about 5 and 50 units; as a negative control, one of 25 units that keeps what it recorded."""
+    times, unit_tokens = (8, 4096) if long else (2, 1024)
     once, ten_times = (peak(tmp_path, rows, n, unit_tokens) for n in (times, 10 * times))
     assert not grows(once, ten_times), (once, ten_times)
-    broken = peak(tmp_path, rows, 10 * times, unit_tokens, "broken")
+    broken = peak(tmp_path, rows, 5 * times, unit_tokens, "broken")
     assert grows(once, broken), (once, broken)
