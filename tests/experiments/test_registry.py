@@ -17,7 +17,7 @@ from tests.cli.running import run_command
 from tests.conftest import DATA
 from workbench import registry
 from workbench.errors import InputError
-from workbench.experiments import chain_of_thought
+from workbench.experiments import chain_of_thought, steering
 from workbench.experiments.expert_sets import named_experts
 from workbench.experiments.from_run import transcripts
 from workbench.experiments.registry import OUTPUTS, independent_rows, run_experiment
@@ -69,8 +69,10 @@ LARGE = (
 @FEW
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [record.name for record in experiments() if record.name not in ON_THE_GALLERY_PAGE])
-def test_every_experiment_has_a_summary_and_can_be_drawn_and_saved(name, run, nano, tmp_path):
+def test_every_experiment_has_a_summary_and_can_be_drawn_and_saved(name, run, nano, tmp_path, monkeypatch, long):
     record = registry.find(name)
+    if not long:  # each dose is 21 passes over half of the sequences
+        monkeypatch.setattr(steering, "DOSES", (-1.0, 1.0))
     options = {name: n for name, n in {"controls": 20, "routes": 2}.items() if name in record.options}
     result = run_experiment(name, nano, run, sequences=36 if name in LARGE else 12, **options)
     drawn = record.load_figures().gallery(result)

@@ -18,7 +18,10 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # Notebook → a text of its cells → what stands there in a test without --long: the same cells with fewer sequences.
 LESS_WORK = {
     "causal": {"sequences=60": "sequences=30"},
-    "methods": {"sequences=60, conversations=3": "sequences=15, conversations=1"},
+    "methods": {
+        "sequences=60, conversations=3": "sequences=15, conversations=1",
+        "for row in rows if row.effort": "for row in rows[:24] if row.effort",
+    },
     "experts": {
         '["task"] == task][:8]': '["task"] == task][:2]',
         "sums[::3]": "sums",

@@ -21,7 +21,8 @@ from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.experiments.final_channel import ALPHA
 from workbench.experiments.jacobians import SKIP_FIRST, JacobianLens, fit_jacobian_lenses, group_masks
-from workbench.experiments.lens import TunedLens, fit_tuned_lens, logit_lens
+from workbench.experiments.lens import TunedLens, fit_tuned_lens, lens_of_streams, streams
+from workbench.experiments.token_selection import select_tokens
 from workbench.harmony.transcripts import Transcript
 from workbench.model.transformer import GptOss
 from workbench.outputs import check_output, refuse_paths, staged
@@ -208,8 +209,10 @@ def _readings(
     out = np.full((2, len(LENSES), len(layers), len(chosen)), np.nan)
     for i, (row, mask) in enumerate(chosen):
         tokens = torch.from_numpy(row.tokens.astype(np.int64))[None]
+        selected = select_tokens(model, tokens, np.flatnonzero(mask).tolist())
+        stream = streams(model, selected)
         for name, option in options.items():
-            lens = logit_lens(model, tokens, at=np.flatnonzero(mask).tolist(), of=0, **option)
+            lens = lens_of_streams(model, selected, stream, of=0, **option)
             read = lens.isel(depth=(lens["after"].values == "mlp") & np.isin(lens["layer"].values, layers))
             agrees = read["top"] == lens["top"].isel(depth=-1)
             out[:, LENSES.index(name), :, i] = [read["kl"].mean("point").values, agrees.mean("point").values]

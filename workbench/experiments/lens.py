@@ -123,13 +123,30 @@ def logit_lens(
     Raises:
         InputError: no token is selected, or both a tuned and a Jacobian lens are given.
     """
+    chosen = select_tokens(model, tokens, at, n_real)
+    return lens_of_streams(model, chosen, streams(model, chosen), of=of, tuned=tuned, jacobian=jacobian)
+
+
+@torch.no_grad()
+def lens_of_streams(
+    model: GptOss,
+    chosen: SelectedTokens,
+    stream: Sequence[Float[Tensor, "point d_model"]],
+    *,
+    of: Token | Sequence[int],
+    tuned: TunedLens | None = None,
+    jacobian: JacobianLens | None = None,
+) -> xr.Dataset:
+    """Return the dataset of `logit_lens` from streams that `streams` returned, for several lenses of the same tokens.
+
+    Raises:
+        InputError: both a tuned and a Jacobian lens are given.
+    """
     if tuned is not None and jacobian is not None:
         raise InputError("both a tuned and a Jacobian lens are given: give one of them")
-    chosen = select_tokens(model, tokens, at, n_real)
     several = not isinstance(of, int | str | Tensor)
     choices = [chosen.ids(one) for one in of] if several else [chosen.ids(of)]  # type: ignore[union-attr, arg-type]
     ids = torch.stack(choices, 1)
-    stream = streams(model, chosen)
     maps = _maps(model, tuned, jacobian)
     parts_of: dict[str, list[Tensor]] = {name: [] for name in _MEANS}
     for rows in torch.arange(len(ids)).split(ROWS):
