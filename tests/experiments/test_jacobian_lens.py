@@ -13,6 +13,7 @@ from workbench.errors import InputError
 from workbench.experiments import jacobian_lens
 from workbench.experiments.jacobian_lens import COMPARISONS, experiment
 from workbench.experiments.jacobians import fit_jacobian_lens
+from workbench.experiments.lens import TunedLens, logit_lens
 from workbench.figures.jacobian_lens import gallery
 from workbench.harmony.transcripts import Transcript
 from workbench.model.transformer import GptOss
@@ -147,3 +148,23 @@ def test_a_lens_of_some_layers_is_read_in_these(rows: list[Transcript], tmp_path
     result = experiment(model, rows, tuned_steps=0, jacobian=str(tmp_path / "some.pt"), **OPTIONS)
     assert result["lenses"]["layer"].values.tolist() == [last - 1]
     assert result["lenses"]["divergence"].sel(lens=["logit lens", "Jacobian lens"]).notnull().all()
+
+
+def test_several_lenses_are_read_in_one_pass_of_a_sequence(rows: list[Transcript]) -> None:
+    """What each lens reads is what `logit_lens` returns, which runs the model for every lens: the negative control."""
+    model, passes = model_that_writes(low=True, high=False), []
+    tokens = torch.from_numpy(rows[0].tokens.astype(np.int64))[None]
+    fitted = fit_jacobian_lens(model, tokens, skip_first=2)
+    lenses = jacobian_lens._Lenses(TunedLens.identity(model), {"all": fitted})
+    model.embed.register_forward_hook(lambda *_: passes.append(1))
+    mask = np.arange(len(rows[0].tokens)) > 2
+    divergence, agreement = jacobian_lens._readings(model, [(rows[0], mask)], lenses, "low", ["low"])[..., 0]
+    assert len(passes) == 1
+    wanted: list[dict[str, Any]] = [{}, {"tuned": lenses.tuned}, {"jacobian": fitted}]  # in the order of LENSES
+    for i, option in enumerate(wanted):
+        one = logit_lens(model, tokens, at=np.flatnonzero(mask).tolist(), of=0, **option)
+        layers = (one["after"].values == "mlp") & np.isin(one["layer"].values, lenses.layers(model.cfg.n_layers - 1))
+        np.testing.assert_array_equal(divergence[i], one["kl"].isel(depth=layers).mean("point"))
+        same = one["top"].isel(depth=layers) == one["top"].isel(depth=-1)
+        np.testing.assert_array_equal(agreement[i], same.mean("point"))
+    assert len(passes) == 1 + len(wanted)
