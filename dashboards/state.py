@@ -22,7 +22,7 @@ from workbench.runs import Run, open_run
 from workbench.runs.storage import LocalStorage, storage_at
 from workbench.studies import effort, expert_labels, feature_labels
 from workbench.studies.comparison import EFFORTS
-from workbench.studies.specialization import together
+from workbench.studies.specialization import coactivation
 
 _LARGE = 1_000_000  # tokens
 
@@ -279,7 +279,7 @@ class RunRegistry:
         run = self.run(name, exclude)
         if not {"coactivation", "transition"} <= set(run.summaries):
             return None
-        pairs: xr.Dataset = self._once(("pairs", name, exclude), run.content_digest, lambda: together(run))
+        pairs: xr.Dataset = self._once(("pairs", name, exclude), run.content_digest, lambda: coactivation(run))
         return pairs
 
     def _once(self, key: tuple[str, ...], digest: str, make: Callable[[], Any]) -> Any:

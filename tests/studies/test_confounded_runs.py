@@ -8,7 +8,7 @@ import pytest
 
 from workbench.figures.report import gather, markdown
 from workbench.studies import effort, expert_examples, run_study
-from workbench.studies.specialization import special
+from workbench.studies.specialization import specialization
 from workbench.studies.synthetic import SyntheticRun, SyntheticTokens, planted_run, planted_tokens
 
 
@@ -41,11 +41,11 @@ def test_efforts_of_different_prompts_are_named_and_not_tested(by_task: Syntheti
 
 def test_information_on_a_label_needs_prompts_that_have_two(by_task: SyntheticRun) -> None:
     """Labels are exchanged within prompts: with one label each, all permutations are equal, and p would be 1."""
-    result = special(by_task, "effort", n_permutations=99)
+    result = specialization(by_task, "effort", n_permutations=99)
     assert np.isnan(result["p"]).all()
     assert "cannot be tested: 0 prompts with tokens of two efforts" in result.attrs["summary"]
-    assert np.isfinite(special(by_task, "task", n_permutations=99)["p"]).all()
-    paired = special(planted_run(n_prompts=12, efforts=("low", "high")), "effort", n_permutations=99)
+    assert np.isfinite(specialization(by_task, "task", n_permutations=99)["p"]).all()
+    paired = specialization(planted_run(n_prompts=12, efforts=("low", "high")), "effort", n_permutations=99)
     assert np.isfinite(paired["p"]).all(), "negative control"
 
 

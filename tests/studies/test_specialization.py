@@ -7,7 +7,7 @@ from sklearn.metrics import mutual_info_score
 
 import workbench as wb
 from tests.conftest import DATA
-from workbench.studies.specialization import mutual_information, special, together
+from workbench.studies.specialization import coactivation, mutual_information, specialization
 from workbench.studies.synthetic import planted_run
 
 
@@ -38,7 +38,7 @@ def test_without_dependence_p_is_uniform(axis):
         run = planted_run(
             seed=seed, n_prompts=12, n_layers=1, n_experts=6, lengths={"prompt": 30, "analysis": 30, "final": 30}
         )
-        p.append(float(special(run, axis, n_permutations=99, seed=seed)["p"][0]))
+        p.append(float(specialization(run, axis, n_permutations=99, seed=seed)["p"][0]))
     assert scipy.stats.kstest(p, "uniform").pvalue > 0.005
 
 
@@ -46,7 +46,7 @@ def test_planted_dependence_is_found_where_it_is():
     run = planted_run(
         seed=3, n_prompts=20, n_layers=3, channel_shift={"final": {1: 0.5}}, effort_shift={"high": {2: 0.5}}
     )
-    channel, effort = special(run, "channel"), special(run, "effort")
+    channel, effort = specialization(run, "channel"), specialization(run, "effort")
     assert channel["q"][1] < 0.05
     assert int(channel["nmi"].values.argmax()) == 1
     assert int(effort["nmi"].values.argmax()) == 2
@@ -55,7 +55,7 @@ def test_planted_dependence_is_found_where_it_is():
 
 def test_coactivation_is_that_of_the_tokens():
     run = wb.open_run(DATA / "demo.zarr")
-    result = together(run)
+    result = coactivation(run)
     data = run.dataset[["experts", "channel"]].compute()
     final = data["experts"].values[2, data["channel"].values == 4]
     i, j = 3, 7

@@ -6,7 +6,7 @@ import xarray as xr
 
 from workbench.errors import InputError
 from workbench.runs import Run
-from workbench.studies.specialization import special
+from workbench.studies.specialization import specialization
 
 _AXES = ("channel", "effort", "task")
 
@@ -24,7 +24,7 @@ def top_experts(
     """
     if axis not in _AXES:
         raise InputError(f"axis={axis!r}: use one of {', '.join(_AXES)}")
-    data = special(source, axis, seed=seed) if isinstance(source, Run) else source
+    data = specialization(source, axis, seed=seed) if isinstance(source, Run) else source
     if data is None or "label_lift" not in data:
         raise InputError(f"no lift for {axis!r}: a run needs routing and two values of {axis}, a dataset `label_lift`")
     lift = data["label_lift"]

@@ -42,7 +42,7 @@ from workbench.studies.resampling import (
 )
 from workbench.studies.result import Definition, dataset, provenance
 from workbench.studies.run_index import merged_prompts
-from workbench.studies.specialization import special, together
+from workbench.studies.specialization import coactivation, specialization
 
 __all__ = ["divergence", "load", "study"]
 
@@ -250,10 +250,10 @@ def study(
         else:
             left_out.append(f"Skipped: {between}s{within}, as fewer than two prompts have tokens of both.")
     for axis in ("channel", "effort", "task"):
-        if (about := special(run, axis, seed=seed)) is not None:
+        if (about := specialization(run, axis, seed=seed)) is not None:
             datasets[f"special_in_{axis}"] = about
     if {"coactivation", "transition"} <= set(getattr(run, "summaries", ())):
-        datasets["together"] = together(run, seed=seed)
+        datasets["together"] = coactivation(run, seed=seed)
     datasets["load"].attrs["summary"] = "\n".join([datasets["load"].attrs["summary"], *left_out])
     return datasets
 

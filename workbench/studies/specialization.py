@@ -1,6 +1,6 @@
 """Coactivation of experts, dependence between layers, and the specialization of each expert.
 
-Co-activation and transitions are sums over the run, so they come without intervals. Specialisation is the mutual
+Co-activation and transitions are sums over the run, so they come without intervals. Specialization is the mutual
 information of a token's expert and a label, whose plug-in value is positive by chance: beside it stands what shuffled
 labels give.
 
@@ -73,8 +73,8 @@ METHOD = (
 NOT_CONTROLLED = "Labels differ in words and position: an expert special in a channel may be special in its words."
 
 
-def together(run: Run, *, seed: int = 0) -> xr.Dataset:
-    """Return co-activation and transitions, by channel."""
+def coactivation(run: Run, *, seed: int = 0) -> xr.Dataset:
+    """Return which experts are selected at the same token and at the next layer, by channel."""
     pairs, follows = run.summary("coactivation"), run.summary("transition")
     counts = pairs.values.astype(np.float64)
     k_times_n = np.diagonal(counts, axis1=-2, axis2=-1)  # selections of each expert
@@ -143,23 +143,12 @@ def mutual_information(
     return np.maximum(information, 0), information - bias
 
 
-def special(run: Run, axis: str, *, n_permutations: int = N_PERMUTATIONS, seed: int = 0) -> xr.Dataset | None:
+def specialization(run: Run, axis: str, *, n_permutations: int = N_PERMUTATIONS, seed: int = 0) -> xr.Dataset | None:
     """Return the information on a label (channel, effort, task) in expert choices; None where there is only one."""
     counts = run.summary("expert_count").transpose("sequence", "channel", "layer", "expert")
-    prompt = merged_prompts(run, counts)[0]
-    if axis == "channel":
-        names = [
-            c for c in map(str, counts["channel"].values) if c not in ("frame", "other") and counts.sel(channel=c).any()
-        ]
-        by = sum_by(counts.sel(channel=names).values.astype(np.int64), prompt)
-    else:
-        of = labels(counts, axis)
-        names = in_order(list(of))
-        written = counts.sel(channel=["analysis", "commentary", "final"]).sum("channel").values.astype(np.int64)
-        by = np.stack([sum_by(np.where((of == n)[:, None, None], written, 0), prompt) for n in names], axis=1)
+    names, by = _load_shares(run, counts, axis)
     if len(names) < 2:
         return None
-    by = share(by)  # each prompt counts once, however long
     there = ~np.isnan(by).any((2, 3))
     by = np.nan_to_num(by)
     rng = np.random.default_rng(seed)
@@ -169,7 +158,6 @@ def special(run: Run, axis: str, *, n_permutations: int = N_PERMUTATIONS, seed: 
     for start, shuffled in _shuffled(by, there, axis, n_permutations, rng):
         null[start : start + len(shuffled)] = np.stack([_information(table) for table in shuffled])
         larger += count_at_least(np.stack([_spread(table) for table in shuffled]), size)
-    most = np.log2(len(names))
     # channels and efforts are exchanged within prompts: one with a single label has nothing to exchange
     exchanged = int((there.any(1) if axis == "task" else there.sum(1) > 1).sum())
     tested = exchanged >= MIN_PROMPTS
@@ -179,33 +167,51 @@ def special(run: Run, axis: str, *, n_permutations: int = N_PERMUTATIONS, seed: 
     variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
         "label_information": (("layer",), information),
         "label_information_null": (("layer",), null.mean(0)),
-        "nmi": (("layer",), np.maximum(information - null.mean(0), 0) / most),
+        "nmi": (("layer",), np.maximum(information - null.mean(0), 0) / np.log2(len(names))),
         "p": (("layer",), p),
         "q": (("layer",), false_discovery(p)),
         "label_lift": ((axis, "layer", "expert"), lift),
     }
-    attrs = provenance(
-        "routing",
-        f"Information on the {axis} in expert choices",
-        run.digest,
-        seed,
-        {"axis": axis, "n_permutations": n_permutations},
-    )
+    parameters = {"axis": axis, "n_permutations": n_permutations}
+    attrs = provenance("routing", f"Information on the {axis} in expert choices", run.digest, seed, parameters)
     result = mask_absent(dataset(variables, {axis: names} | places(counts), DEFINITIONS, attrs), run)
-    known = result["q"].values < 0.05
-    layer = int(np.argmax(result["nmi"].values))
-    summary = (
-        f"Expert choices carry information on the {axis} in {int(known.sum())} of {known.size} layers beyond chance"
-    )
-    summary += (
-        f", most in layer {layer}: {float(result['nmi'][layer]):.1%} of the label's entropy." if known.any() else "."
-    )
-    if not tested:
-        having = "" if axis == "task" else f" with tokens of two {axis}s"
-        needed = f"at least {MIN_PROMPTS} are needed"
-        summary = f"Information on the {axis} cannot be tested: {count_of(exchanged, 'prompt')}{having}, and {needed}."
+    summary = _summary(result, axis, exchanged)
     result.attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "summary": summary}
     return result
+
+
+def _load_shares(
+    run: Run, counts: xr.DataArray, axis: str
+) -> tuple[list[str], Float[np.ndarray, "prompt label layer expert"]]:
+    """Return the labels that the run has, and load shares by prompt and label, NaN where a prompt lacks a label.
+
+    counts: selections of experts, by sequence, channel, layer and expert. Each prompt counts once, however long.
+    """
+    prompt = merged_prompts(run, counts)[0]
+    if axis == "channel":
+        names = [
+            c for c in map(str, counts["channel"].values) if c not in ("frame", "other") and counts.sel(channel=c).any()
+        ]
+        return names, share(sum_by(counts.sel(channel=names).values.astype(np.int64), prompt))
+    of = labels(counts, axis)
+    names = in_order(list(of))
+    written = counts.sel(channel=["analysis", "commentary", "final"]).sum("channel").values.astype(np.int64)
+    by_label = [sum_by(np.where((of == n)[:, None, None], written, 0), prompt) for n in names]
+    return names, share(np.stack(by_label, axis=1))
+
+
+def _summary(result: xr.Dataset, axis: str, exchanged: int) -> str:
+    """Return in how many layers there is information on the label; exchanged: prompts whose labels were shuffled."""
+    if exchanged < MIN_PROMPTS:
+        having = "" if axis == "task" else f" with tokens of two {axis}s"
+        needed = f"at least {MIN_PROMPTS} are needed"
+        return f"Information on the {axis} cannot be tested: {count_of(exchanged, 'prompt')}{having}, and {needed}."
+    known = result["q"].values < 0.05
+    text = f"Expert choices carry information on the {axis} in {int(known.sum())} of {known.size} layers beyond chance"
+    if not known.any():
+        return f"{text}."
+    layer = int(np.argmax(result["nmi"].values))
+    return f"{text}, most in layer {layer}: {float(result['nmi'][layer]):.1%} of the label's entropy."
 
 
 def _shuffled(
