@@ -15,9 +15,15 @@ from tests.model.fake_gpus import run_on_gpus
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-# Notebook → a text of its cells → what stands there in a test without --long: the same cells with fewer sequences.
+# Notebook → a text of its cells → what stands there in a test without --long: the same cells with fewer sequences,
+# or fewer doses.
 LESS_WORK = {
-    "causal": {"sequences=60": "sequences=30"},
+    "causal": {
+        "sequences=60": "sequences=30",
+        "steer = run_experiment(": (
+            "from workbench.experiments import steering\nsteering.DOSES = (-1.0, 1.0)\nsteer = run_experiment("
+        ),
+    },
     "methods": {
         "sequences=60, conversations=3": "sequences=15, conversations=1",
         "for row in rows if row.effort": "for row in rows[:24] if row.effort",
