@@ -84,7 +84,10 @@ def test_a_decoder_continues_the_same_prompt_in_every_row(checkpoint: Path) -> N
     with torch.no_grad():
         for _ in range(2):
             decoder(torch.tensor([[3, 5]]), 150)
-        complete = model(torch.cat([torch.arange(150), torch.tensor([5] * decode.STEPS)]))[0, -1]
+        new = [int(step[1]) for step in decode.steps(torch.tensor([[3, 5]]), model.cfg.d_vocab)]
+        complete = model(torch.cat([torch.arange(150), torch.tensor(new)]))[0, -1]
+    assert new[0] == 5
+    assert len(set(new)) == decode.STEPS, "a step that repeats a token finds its experts in the processor's cache"
     assert len(seen) == 2 * decode.STEPS
     last = seen[decode.STEPS - 1]
     assert torch.equal(last, seen[-1])

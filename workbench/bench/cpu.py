@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from workbench.bench.decode import CONTEXTS, STEPS, Decoder
+from workbench.bench.decode import CONTEXTS, STEPS, Decoder, steps
 from workbench.bench.decode import run as run_decode
 from workbench.bench.table import processor
 from workbench.bench.worker import Worker
@@ -203,8 +203,8 @@ def _transformers(checkpoint: str) -> tuple[float, dict[str, Forward]]:
             prompt = torch.arange(context)[None] % model.config.vocab_size
             caches[key] = model(prompt, use_cache=True, logits_to_keep=1).past_key_values
             caches[key].batch_repeat_interleave(tokens.shape[1])  # its attention to eight prompts takes 17 GB
-        for _ in range(STEPS):
-            model(tokens.mT, past_key_values=caches[key])
+        for new in steps(tokens, model.config.vocab_size):
+            model(new, past_key_values=caches[key])
 
     return load_s, {"plain": model, "decode": decode}
 
@@ -224,8 +224,8 @@ def _llama_cpp(path: str) -> tuple[float, dict[str, Forward]]:
             model.reset()
             model.eval([n % CFG.d_vocab for n in range(context)])
             length = context
-        for _ in range(STEPS):
-            model.eval(tokens[0].tolist())
+        for new in steps(tokens, CFG.d_vocab):
+            model.eval(new[:, 0].tolist())
 
     return load_s, {"decode": decode}
 
