@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from pathlib import Path
@@ -20,7 +21,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from workbench.bench.table import markdown, processor
-from workbench.bench.worker import Worker
+from workbench.bench.worker import Worker, overheads
 from workbench.counting import signed
 from workbench.kernels import cpu
 from workbench.model.config import Config
@@ -30,7 +31,7 @@ BATCHES = (1, 8)
 CONTEXTS = (128, 4096)
 STEPS = 16  # of one measurement, the first of which has hooks that were put there just before it
 HOOKED = ("recorded", "edited")
-PAIRS = 5  # of a step with hooks and one without, for every round: their ratio is near 1 and needs many
+PAIRS = 5  # of measurements with hooks and without, in every round
 _BASELINES = {"torch": ("workbench",), "transformers": ("transformers",), "llama.cpp": ("llama_cpp", "xllamacpp")}
 _SPEED_BYTES = 2**29
 
@@ -138,7 +139,8 @@ def measure(
                 advance(1)
             speed = max(speed, memory_speed(threads))
             for batch, context in settings if turn else ():
-                for path, ratios in _overheads(workers["workbench"], batch, context).items():
+                run = partial(_seconds, workers["workbench"], batch, context)
+                for path, ratios in overheads(run, HOOKED, PAIRS).items():
                     slower.setdefault((path, batch, context), []).extend(ratios)
                 advance(1)
         for batch, context in settings:
@@ -167,18 +169,8 @@ def measure(
     }
 
 
-def _overheads(worker: Worker, batch: int, context: int) -> dict[str, list[float]]:
-    """Return the ratios of steps with hooks and the steps without that ran just before or after them."""
-    paths = ("plain", *HOOKED)
-    ratios: dict[str, list[float]] = {path: [] for path in HOOKED}
-    for turn in range(PAIRS):
-        seconds = {
-            path: worker.run("decode", batch, context=context, path=path)["seconds"]
-            for path in (paths if turn % 2 else paths[::-1])
-        }
-        for path in HOOKED:
-            ratios[path].append(seconds[path] / seconds["plain"])
-    return ratios
+def _seconds(worker: Worker, batch: int, context: int, path: str) -> float:
+    return worker.run("decode", batch, context=context, path=path)["seconds"]
 
 
 def _module(baseline: str) -> str | None:
