@@ -15,6 +15,7 @@ from workbench.harmony.flags import counted, flags_of_row, sequence_flags
 from workbench.harmony.formats import inspect_logs
 from workbench.harmony.formats.containers import objects
 from workbench.harmony.formats.conversation import Conversation, error_text, transcript_row
+from workbench.harmony.formats.row_fields import decoded
 from workbench.harmony.formats.shapes import SHAPES, has_messages, paired, shape_of
 from workbench.harmony.labels import label
 from workbench.harmony.messages import EFFORTS, shown
@@ -141,6 +142,7 @@ def _of_value(value: Any, where: str, form: str, asked: dict[str, Any]) -> Found
         return
     if isinstance(value, list) and has_messages(value):
         value = {"messages": value}
+    value = decoded(value)
     shape = shape_of(value)
     if shape is None:
         yield "", where, InputError(f"{shown(value)} is not a conversation of a known shape")
