@@ -163,6 +163,9 @@ class _Reader:
         content = message.get("content")
         if isinstance(content, Mapping):
             content = json.dumps(content, ensure_ascii=False)
+        error = message.get("error")
+        if isinstance(error, Mapping) and isinstance(error.get("message"), str):
+            content = error["message"]  # Inspect gives this to the model instead of the content
         name = message.get("name") or message.get("function") or message.get("tool_name")
         own = message.get("channel") is not None or message.get("recipient") is not None
         call = self._call_answered(_id(message.get("tool_call_id"), message.get("call_id")), name)

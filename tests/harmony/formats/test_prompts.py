@@ -89,3 +89,45 @@ def test_pieces_of_a_stream_and_empty_outputs_are_named(tmp_path: Path) -> None:
     assert "a piece of a streamed response" in read(tmp_path, {"request": request, "response": piece})[1][0]
     empty = {"output": [], "status": "failed"}
     assert "no output; its status is 'failed'" in read(tmp_path, {"request": request, "response": empty})[1][0]
+
+
+def test_scores_of_given_answers_are_no_answers(tmp_path: Path) -> None:
+    sample = {"doc_id": 0, "target": "4", "arguments": [["2+2=", " 4"], ["2+2=", " 5"]], "acc": 1.0}
+    rows, (reason,) = read(tmp_path, sample | {"resps": [[["-1.0", "True"]], [["-2.0", "False"]]]})
+    assert (rows, "scores the log-likelihood of given answers" in reason) == ([], True)
+    generated = sample | {"arguments": [["2+2=", {"until": []}]], "resps": [["4"]]}
+    assert len(read(tmp_path, generated)[0]) == 1  # negative control
+
+
+CHAT = {"choices": [{"message": {"role": "assistant", "content": "42"}, "finish_reason": "stop"}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        (
+            {"custom_id": "a", "response": None, "error": {"code": "expired"}},
+            "the request 'a' failed: {'code': 'expired'}",
+        ),
+        ({"custom_id": "a", "response": {"body": {"error": "busy"}}}, "the request 'a' failed: 'busy'"),
+        ({"custom_id": "b", "response": {"body": CHAT}}, "has none of the custom_id 'b': give the file of this batch"),
+    ],
+)
+def test_why_a_response_of_a_batch_is_left_out_is_stated(row: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    asked = {"custom_id": "a", "body": {"messages": [{"role": "user", "content": "6*7"}]}}
+    requests = tmp_path / "requests.jsonl"
+    requests.write_text(json.dumps(asked))
+    responses = [row, {"custom_id": "a", "response": {"body": CHAT}}]
+    (tmp_path / "responses.jsonl").write_text("\n".join(map(json.dumps, responses)))
+    _, rows, left_out = convert(tmp_path / "responses.jsonl", effort="low", requests=requests)
+    assert reason in left_out[0]
+    assert [row["id"] for row in rows] == ["a"]  # negative control
+    requests.write_text(f"{json.dumps(asked)}\n{json.dumps(asked)}")
+    with pytest.raises(InputError, match="line 2: the custom_id 'a' is that of an earlier request"):
+        convert(tmp_path / "responses.jsonl", effort="low", requests=requests)
+
+
+@pytest.mark.parametrize("ids", [[], [1, 2**31]])
+def test_ids_that_no_vocabulary_has_are_left_out(ids: list[int], tmp_path: Path) -> None:
+    assert read(tmp_path, {"tokens": ids, "n_prompt": 0})[0] == []
+    assert len(read(tmp_path, {"tokens": [1, 2**31 - 1], "n_prompt": 0})[0]) == 1  # negative control

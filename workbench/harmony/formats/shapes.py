@@ -268,7 +268,9 @@ def _lm_eval(row: Row) -> Iterator[Conversation]:
     arguments: Any = row.get("arguments")
     if isinstance(arguments, Mapping):
         arguments = [list(object_of(entry).values()) for entry in arguments.values()]
-    prompt = arguments[0][0]
+    prompt, *others = arguments[0]
+    if others and isinstance(others[0], str):
+        raise InputError("it scores the log-likelihood of given answers: the model wrote no text")
     if isinstance(prompt, str) and prompt.lstrip().startswith("[{"):
         prompt = parse_json(prompt)
     fields = about(row, "doc_id", "arguments", "resps")
