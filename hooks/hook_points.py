@@ -23,7 +23,7 @@ class CheckedHookPoint(HookPoint):
     """A hook point whose hooks keep the shape of the activation: another one would be broadcast to wrong results."""
 
     def __call__(self, activation: Tensor) -> Tensor:
-        """Return the activation as the hooks leave it.
+        """Return the activation [...] as the hooks leave it.
 
         Raises:
             InputError: a hook returned no tensor, or one of another shape.
