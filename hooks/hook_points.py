@@ -12,8 +12,56 @@ from copy import copy
 from typing import Any
 
 import torch
-from torch import nn
+from jaxtyping import Int
+from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
+
+from workbench.errors import InputError
+
+
+class CheckedHookPoint(HookPoint):
+    """A hook point whose hooks keep the shape of the activation: another one would be broadcast to wrong results."""
+
+    def __call__(self, activation: Tensor) -> Tensor:
+        """Return the activation [...] as the hooks leave it.
+
+        Raises:
+            InputError: a hook returned no tensor, or one of another shape.
+        """
+        edited = super().__call__(activation)
+        if edited is activation:
+            return activation
+        if not isinstance(edited, Tensor):
+            raise InputError(f"a hook at {self.name} returned {type(edited).__name__}: return a tensor, or None")
+        if edited.shape != activation.shape:
+            raise InputError(
+                f"a hook at {self.name} returned shape {list(edited.shape)}, and the activation has "
+                f"{list(activation.shape)}: return a tensor of the same shape, or None"
+            )
+        return edited
+
+
+def checked_experts(
+    point: HookPoint, own: Int[Tensor, "batch pos slot"], num_experts: int
+) -> Int[Tensor, "batch pos slot"]:
+    """Return the experts that the hooks of a point leave, which select rows of the weights without another check.
+
+    On a GPU only what a hook returned is checked, so that recorders do not wait for it.
+
+    Raises:
+        InputError: an expert is no whole number, or not one of the layer's.
+    """
+    experts: Tensor = point(own)
+    if experts is own and not (point.fwd_hooks and own.device.type == "cpu"):
+        return experts
+    if experts.is_floating_point() or experts.is_complex() or experts.dtype == torch.bool:
+        raise InputError(f"a hook at {point.name} returned {experts.dtype}: experts are whole numbers")
+    if experts.numel() and not 0 <= int(experts.min()) <= int(experts.max()) < num_experts:
+        raise InputError(
+            f"a hook at {point.name} selected the experts {int(experts.min())} to {int(experts.max())}; the layer has "
+            f"0 to {num_experts - 1}"
+        )
+    return experts
 
 
 def hooked(*points: HookPoint) -> bool:

@@ -145,7 +145,6 @@ TESTED_BY = {
     "hooks/attention": "hooks/test_interventions.py",
     "hooks/edits": "hooks/test_interventions.py",
     "hooks/experts": "hooks/test_interventions.py",
-    "hooks/hook_points": "model/test_checkpointing.py",
     "hooks/observation": "hooks/test_interventions.py",
     "hooks/targets": "hooks/test_interventions.py",
     "kernels/cpu/ggml_loops": "kernels/test_ggml.py",

@@ -25,6 +25,12 @@ CUT: list[dict[str, Any]] = [
     {"stop_reason": "max_tokens"},
     {"done_reason": "length"},
     {"status": "incomplete"},
+    {"stop_type": "limit"},
+    {"stopReason": "maxPredictedTokensReached"},
+    {"finish_reason": "stop", "native_finish_reason": "length"},
+    {"finish_reason": "stop", "stop_reason": "\n"},
+    {"finish_reason": {"type": "stop", "matched": "Q:"}},
+    {"stop_reason": "stop_sequence"},
 ]
 ENDED: list[dict[str, Any]] = [
     {"finish_reason": "stop"},
@@ -33,6 +39,10 @@ ENDED: list[dict[str, Any]] = [
     {"finish_reason": "stop", "stop_reason": 200002},
     {"stop_reason": "end_turn"},
     {"status": "completed"},
+    {"stop_type": "eos"},
+    {"stopReason": "eosFound"},
+    {"finish_reason": "stop", "stop_reason": "<|return|>"},
+    {"meta_info": {"finish_reason": {"type": "stop", "matched": 200002}}},
 ]
 
 
@@ -59,6 +69,13 @@ def test_an_answer_that_ended_has_one(fields: dict[str, Any]) -> None:
     """Negative controls."""
     assert is_complete(fields) is True
     assert from_chat_messages([ASK, {"role": "assistant", "content": "42", **fields}]).complete is True
+
+
+@pytest.mark.parametrize("name", ["meta_info", "details", "stats", "generation_info"])
+def test_the_reason_may_be_in_an_object_of_the_program(name: str) -> None:
+    assert is_complete({name: {"finish_reason": "length"}}) is False
+    assert is_complete({name: {"finish_reason": "stop"}}) is True
+    assert is_complete({name: {"seconds": 3}}) is None
 
 
 def test_only_the_last_message_counts() -> None:

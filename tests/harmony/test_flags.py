@@ -64,3 +64,17 @@ def test_an_unknown_flag_is_refused_with_the_known_ones() -> None:
     assert read_flags(None) == ()
     with pytest.raises(InputError, match=r"--exclude long: choose from irregular, truncated"):
         read_flags("truncated,long")
+
+
+def test_a_message_without_its_stop_token_is_irregular_unless_it_is_the_last() -> None:
+    thought, answer = (
+        "<|start|>assistant<|channel|>analysis<|message|>a",
+        "<|start|>assistant<|channel|>final<|message|>b",
+    )
+
+    def flags(*raws: str) -> tuple[str, ...]:
+        messages = [{"role": "assistant", "channel": "analysis", "content": "", "raw": raw} for raw in raws]
+        return flags_of_row({"messages": [{"role": "user", "content": "q"}, *messages]})
+
+    assert "irregular" in flags(thought, answer)
+    assert "irregular" not in flags(f"{thought}<|end|>", answer)  # negative control

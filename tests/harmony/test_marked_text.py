@@ -134,3 +134,60 @@ def test_an_analysis_with_marks_that_nothing_follows_was_cut_off() -> None:
 def test_a_message_that_the_model_makes_up_for_the_user_is_its_own() -> None:
     text = "<|channel|>final<|message|>4<|end|><|start|>user<|message|>And 5?<|end|>"
     assert [m["role"] for m in read_output(text).messages] == ["assistant", "assistant"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "analysisIt is 4.<|end|>assistantfinal4<|return|>",
+        "<|channel|> analysis <|message|> It is 4. <|end|> "
+        "<|start|> assistant <|channel|> final <|message|> 4 <|return|>",
+        "<|channel|> analysis<|message|>It is 4.<|end|><|start|>assistant<|channel|> final<|message|>4<|return|>",
+    ],
+)
+def test_remains_of_marks_and_spaces_around_them_are_no_text(text: str) -> None:
+    assert pairs(text) == BOTH
+    assert read_output(text).complete is True
+
+
+def test_a_call_whose_recipient_stood_before_the_channel_is_a_call() -> None:
+    call = {"role": "assistant", "channel": "commentary", "recipient": "functions.f", "content_type": "json"}
+    for text in ('assistant to=functions.fcommentary json{"q": 1}', ' to=functions.fcommentary json{"q": 1}'):
+        assert read_output(text).messages == [{**call, "content": '{"q": 1}'}]
+    text = 'analysisLook.assistant to=functions.fcommentary json{"q": 1}'
+    assert [m["channel"] for m in read_output(text).messages] == ["analysis", "commentary"]
+    text = "The assistant to=functions.f is a header."  # negative control
+    assert pairs(text) == [("final", text)]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'analysisThe word "assistantfinal" is there.assistantfinal4',
+        "analysisWe need",
+        "analysiswe need",
+        "4<|endoftext|>",
+        "<analysis>It is 4.</analysis>4",
+        "<seed:think>It is 4.</seed:think>4",
+        "[THINK]It is 4.[/THINK]4",
+        "<|begin_of_thought|>It is 4.<|end_of_thought|>4",
+        '<think time="3">It is 4.</think>4',
+        "<|start|>system<|message|>s<|end|><|start|>user<|message|>q<|end|><|start|>assistant<|channel|>final<|message|>4",
+    ],
+)
+def test_a_text_that_may_be_more_than_it_is_read_as_is_irregular(text: str) -> None:
+    assert read_output(text).irregular
+
+
+@pytest.mark.parametrize("text", ["analysis of it: 4", "[1, 2]", "<b>4</b>", "analysisIt is 4.assistantfinal4"])
+def test_a_text_that_is_read_in_one_way_is_regular(text: str) -> None:
+    """Negative controls."""
+    assert not read_output(text).irregular
+
+
+def test_marks_within_a_text_are_not_written_again_as_text() -> None:
+    text = "<|channel|>analysis<|message|>It is 4.<|channel|>final<|message|>4<|return|>"
+    (message,) = read_output(text).messages
+    assert message["raw"] == f"<|start|>assistant{text}"
+    assert "raw" not in read_output(text.replace("<|channel|>final<|message|>", "")).messages[0]  # negative control
+    assert read_output("<|message|>4<|return|>").messages[0]["raw"].endswith("<|message|>4<|return|>")  # no channel

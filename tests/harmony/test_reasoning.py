@@ -70,6 +70,28 @@ def test_the_first_of_two_fields_alone_would_not_be_noticed() -> None:
     assert reasoning_beside({"reasoning_content": "six sevens"}) == ("six sevens", False)
 
 
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"reasoning_text": "six sevens"},
+        {"thinking_blocks": [{"type": "thinking", "thinking": "six sevens", "signature": "s"}]},
+        {"additional_kwargs": {"reasoning_content": "six sevens", "refusal": None}},
+        {"provider_specific_fields": {"reasoning": "six sevens"}},
+        {"chain_of_thought": "six sevens"},
+    ],
+    ids=lambda field: next(iter(field)),
+)
+def test_reasoning_under_the_names_of_other_programs_is_read(field: dict[str, Any]) -> None:
+    chat = read(field)
+    assert (pairs(chat), chat.left_out) == (THINK, [])
+    chat = read({"summary_of_friends": "six sevens"})  # negative control: another name is noted
+    assert (pairs(chat), len(chat.left_out)) == (THINK[1:], 1)
+
+
+def test_an_object_of_a_program_with_more_than_reasoning_is_noted() -> None:
+    assert read({"additional_kwargs": {"reasoning": "six sevens", "audio": {"id": 1}}}).left_out
+
+
 def test_what_only_an_answer_has_is_named_where_it_is_left_out() -> None:
     chat = from_chat_messages([{**ASK, "reasoning": "I ask"}, {"role": "assistant", "content": "4", "refusal": "no"}])
     assert chat.left_out == ["the field 'reasoning' of a message", "the field 'refusal' of a message"]

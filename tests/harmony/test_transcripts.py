@@ -295,3 +295,25 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be written"):
         write_transcripts(tmp_path / "folder", [TRANSCRIPT], overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+
+
+def test_what_rows_have_beside_their_messages_is_read_as_convert_reads_it(tmp_path: Path) -> None:
+    words = harmony.tokenizer()
+    plain = row(tokens=..., n_prompt=..., messages=ANSWERED, effort=...)
+    both = [{"role": "system", "content": "Be brief."}, *ASK]
+    answers = [{"role": "assistant", "channel": "analysis", "content": "two and three"}, *ANSWERED[1:]]
+    expected = plain | {"messages": [*both, *answers], "effort": "high"}
+    beside = plain | {"system": "Be brief.", "reasoning_content": "two and three", "reasoning_effort": "high"}
+
+    def read(fields: Row) -> Row:
+        (transcript,), rejects = read_transcripts(written(tmp_path, fields), tokenizer=words)
+        assert rejects == []
+        return fields_of(transcript)
+
+    assert read(beside) == read(expected)
+    assert read(plain | {"effort": "high"})["tokens"] != read(expected)["tokens"]  # negative control
+    assert read(row(effort=..., reasoning_effort="high"))["effort"] == "high"
+    _, (reject,) = read_transcripts(written(tmp_path, row(reasoning_effort="high")), tokenizer=words)
+    assert "names the efforts high and low: keep one" in reject.reason
+    (prompt,) = read_prompts(written(tmp_path, {"id": "a", "messages": ASK, "system_prompt": "Be brief."}))
+    assert prompt.messages == both

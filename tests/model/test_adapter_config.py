@@ -33,6 +33,8 @@ def test_a_plain_adapter_is_read(tmp_path: Path) -> None:
         ({"layer_replication": [[0, 4]]}, "option layer_replication"),
         ({"lora_B_layout": "other"}, "lora_B_layout 'other' is unknown"),
         ({"modules_to_save": "lm_head"}, "expected a list of module names"),
+        ({"use_rslora": "false"}, "use_rslora is 'false', expected true or false"),
+        ({"use_dora": 1}, "use_dora is 1, expected true or false"),
     ],
 )
 def test_an_option_that_changes_results_is_named(options: dict[str, Any], reason: str, tmp_path: Path) -> None:
@@ -41,9 +43,12 @@ def test_an_option_that_changes_results_is_named(options: dict[str, Any], reason
 
 
 def test_an_ambiguous_folder_of_unsloth_asks_for_its_layout(tmp_path: Path) -> None:
-    config = read(tmp_path, unsloth_version="2026.8")
-    with pytest.raises(InputError, match="set the option lora_B_layout"):
-        expert_layout(tmp_path, config)
+    for sign in ({"unsloth_version": "2026.8"}, {"auto_mapping": {"parent_library": "unsloth.models"}}):
+        config = read(tmp_path, **sign)
+        with pytest.raises(InputError, match="set the option lora_B_layout"):
+            expert_layout(tmp_path, config)
+    transformers = {"auto_mapping": {"parent_library": "transformers.models.gpt_oss"}}
+    assert expert_layout(tmp_path, read(tmp_path, **transformers)) == "rank_major"  # negative control
     assert expert_layout(tmp_path, config | {"lora_B_layout": "grouped_by_expert"}) == "grouped_by_expert"
 
 

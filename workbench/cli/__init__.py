@@ -13,14 +13,17 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Annotated, Any, NoReturn
 
-import typer
+from workbench.cli.starting import interrupted_in_one_line
 
-from workbench.bench.command import app as bench
-from workbench.cli import finetuning, graphs, labels, live, models, pipeline, results, sharing
-from workbench.cli.control_characters import visible, visible_controls
-from workbench.errors import InputError, JobError
-from workbench.memory import end_within, lack_of_memory, refuse_small_limit
-from workbench.version import version
+with interrupted_in_one_line():
+    import typer
+
+    from workbench.bench.command import app as bench
+    from workbench.cli import finetuning, graphs, labels, live, models, pipeline, results, sharing
+    from workbench.cli.control_characters import visible, visible_controls
+    from workbench.errors import InputError, JobError
+    from workbench.memory import end_within, lack_of_memory, refuse_small_limit
+    from workbench.version import version
 
 app = typer.Typer(
     help="Generate, capture, study and visualize what gpt-oss computes. Run any command with `--help`.",

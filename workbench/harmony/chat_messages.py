@@ -12,10 +12,10 @@ from typing import Any
 
 from workbench.bounded_json import parse_json
 from workbench.errors import InputError
-from workbench.harmony.completion import REASONS, is_complete
+from workbench.harmony.completion import OBJECTS, REASONS, is_complete
 from workbench.harmony.labels import ROLES
 from workbench.harmony.marked_text import is_marked, read_output
-from workbench.harmony.message_fields import left_out_fields
+from workbench.harmony.message_fields import left_out_fields, with_role
 from workbench.harmony.messages import check_messages, shown
 from workbench.harmony.reasoning import (
     DifferentReasoningError,
@@ -114,7 +114,7 @@ class _Reader:
     def read(self, message: Any, truncated: bool, following: Sequence[Any]) -> None:
         if not isinstance(message, Mapping):
             raise _MessageError(f"got {shown(message)}; expected an object with role and content")
-        message = _with_role(message)
+        message = with_role(message)
         role = message.get("role")
         if role is None and message.get("type") == "message":
             role = "assistant"
@@ -163,6 +163,9 @@ class _Reader:
         content = message.get("content")
         if isinstance(content, Mapping):
             content = json.dumps(content, ensure_ascii=False)
+        error = message.get("error")
+        if isinstance(error, Mapping) and isinstance(error.get("message"), str):
+            content = error["message"]  # Inspect gives this to the model instead of the content
         name = message.get("name") or message.get("function") or message.get("tool_name")
         own = message.get("channel") is not None or message.get("recipient") is not None
         call = self._call_answered(_id(message.get("tool_call_id"), message.get("call_id")), name)
@@ -202,7 +205,7 @@ class _Reader:
                 )
             return call
         if names:
-            return next((call for call in reversed(list(self._calls.values())) if call.recipient in names), None)
+            return self._call_of(names)
         if id and len(self._unanswered) > 1:
             raise _MessageError(f"a tool's message answers the call {shown(id)}, which no message before it makes")
         # the only open call is meant, but its own id is another one
@@ -210,6 +213,13 @@ class _Reader:
         if self._unanswered:
             return self._unanswered.pop(0)[1]
         return self._last
+
+    def _call_of(self, names: Sequence[str]) -> _Call | None:
+        """The first call of a tool that has no answer, which now has one, or else its last call."""
+        open_call = next((i for i, (_, call) in enumerate(self._unanswered) if call.recipient in names), None)
+        if open_call is not None:
+            return self._unanswered.pop(open_call)[1]
+        return next((call for call in reversed(list(self._calls.values())) if call.recipient in names), None)
 
     def _tool_name(self, name: str) -> str:
         return name if "." in name or name in self._builtin else f"functions.{name}"
@@ -222,6 +232,8 @@ class _Reader:
             reasoning = []
         segments = [*reasoning, *content]
         calls = message.get("tool_calls") or []
+        if isinstance(calls, str) and calls.lstrip().startswith("["):  # tables keep them as a text
+            calls = parse_json(calls)
         if not isinstance(calls, Sequence) or isinstance(calls, str):
             raise _MessageError(f"tool_calls is {shown(calls)}; expected a list of calls")
         old_form = message.get("function_call")
@@ -318,14 +330,20 @@ class _Reader:
 
     def _call(self, call: Any) -> dict[str, Any]:
         """A tool call of any API as a message."""
-        definition = call.get("function") if isinstance(call, Mapping) else None
+        definition = (call.get("function") or call.get("custom")) if isinstance(call, Mapping) else None
         fields: Any = definition if isinstance(definition, Mapping) else call
         name = (
             definition if isinstance(definition, str) else fields.get("name") if isinstance(fields, Mapping) else None
         )
         if not isinstance(name, str) or not name:
             raise _MessageError(f"a tool call has no function's name: {shown(call)}")
-        arguments = next((fields[k] for k in ("arguments", "input", "parameters") if fields.get(k) is not None), "")
+        arguments = next((fields[k] for k in _ARGUMENTS if fields.get(k) is not None), "")
+        self.result.left_out += [
+            f"the field {shown(name)} of a tool call"
+            for part in ((call, fields) if fields is not call else (call,))
+            for name, value in part.items()
+            if name not in _OF_CALLS and value not in (None, "", [], {})
+        ]
         recipient = self._tool_name(name)
         builtin = recipient.partition(".")[0] in _BUILTIN_NAMES
         made = _Call(recipient, "analysis" if builtin else "commentary")
@@ -357,6 +375,9 @@ class _Reader:
                 self.result.messages.append({"role": "assistant", "channel": "analysis", "content": text})
         elif kind in ("function_call", "custom_tool_call", "mcp_call"):
             self.result.messages.append(self._call(item))
+            if item.get("output") is not None or item.get("error") is not None:  # that of a call of MCP is within it
+                output = item["output"] if item.get("output") is not None else item["error"]
+                self._tool({"content": output, "tool_call_id": _id(item.get("call_id"), item.get("id"))})
         elif kind in ("function_call_output", "custom_tool_call_output"):
             output = item.get("output")
             self._tool({"content": output, "tool_call_id": item.get("call_id")})
@@ -364,19 +385,10 @@ class _Reader:
             raise _MessageError(f"an item of type {shown(kind)} cannot be rendered")
 
 
+_ARGUMENTS = ("arguments", "input", "parameters", "args")
+_OF_CALLS = {"id", "call_id", "type", "function", "custom", "name", "index", "status", "output", "error", *_ARGUMENTS}
 _HEADER = ("name", "recipient", "channel", "content_type")
 _OWN_FIELDS = ("role", "content", *_HEADER)
-
-
-def _with_role(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A message of ShareGPT (`from`, `value`) with a role and content."""
-    if "role" in message or "from" not in message:
-        return message
-    role, value = message["from"], message.get("value")
-    if role == "function_call":
-        call = parse_json(value) if isinstance(value, str) else value
-        return {"role": "assistant", "content": None, "tool_calls": call if isinstance(call, list) else [call]}
-    return {**{k: v for k, v in message.items() if k not in ("from", "value")}, "role": role, "content": value}
 
 
 def _id(*values: Any) -> str:
@@ -395,11 +407,7 @@ def _final(text: str) -> dict[str, Any]:
 
 def _stated_end(message: Mapping[str, Any]) -> bool | None:
     """Whether a message states that it was cut off or ended, in itself or in the metadata of its program."""
-    about = message.get("response_metadata")
-    return is_complete(
-        {name: message.get(name) for name in REASONS}
-        | {name: about[name] for name in REASONS if isinstance(about, Mapping) and about.get(name) is not None}
-    )
+    return is_complete({name: message.get(name) for name in (*REASONS, *OBJECTS)})
 
 
 def _is_analysis(message: Mapping[str, Any]) -> bool:

@@ -27,6 +27,11 @@ _CUT = {
     "canceled",
     "error",
     "timeout",
+    "limit",  # llama.cpp's stop_type
+    "maxpredictedtokensreached",  # LM Studio's stopReason
+    "contextlengthreached",
+    "userstopped",
+    "modelunloaded",
 }
 _ENDED = {
     "stop",
@@ -34,7 +39,6 @@ _ENDED = {
     "complete",
     "finished",
     "end",
-    "stop_sequence",
     "eos",
     "eos_token",
     "end_turn",
@@ -42,16 +46,30 @@ _ENDED = {
     "tool_use",
     "function_call",
     "completed",
+    "eosfound",
+    "toolcalls",
 }
+# text in front of which an answer was cut off, though its host calls that an end
+_AT_A_STOP_TEXT = {"stop_sequence", "word", "stopstringfound"}
 
-
-REASONS = ("finish_reason", "stop_reason", "done_reason", "status")
+REASONS = (
+    "finish_reason",
+    "stop_reason",
+    "done_reason",
+    "status",
+    "stop_type",
+    "finishReason",
+    "stopReason",
+    "native_finish_reason",
+)
+OBJECTS = ("meta_info", "details", "stats", "response_metadata", "generation_info")  # that may hold the reasons
 
 
 def is_complete(fields: Mapping[str, Any]) -> bool | None:
     """Return whether an answer ended by itself, by the fields beside it; None where they state nothing.
 
-    An unknown `finish_reason` is that of an answer which was cut off: only the known ones stand for a stop token.
+    An unknown `finish_reason` is that of an answer which was cut off: only the known ones stand for a stop token. So is
+    an end at a text that the request named, which vLLM gives as `stop_reason`: the model wrote no stop token there.
 
     Raises:
         InputError: `complete` or `truncated` is neither true nor false.
@@ -63,12 +81,22 @@ def is_complete(fields: Mapping[str, Any]) -> bool | None:
         return bool(fields["complete"])
     if fields.get("truncated") or fields.get("incomplete_details") or fields.get("done") is False:
         return False
-    reasons = {name: _reason(fields.get(name)) for name in REASONS}
-    if any(reason in _CUT for reason in reasons.values()):
+    objects = [fields, *(inner for name in OBJECTS if isinstance(inner := fields.get(name), Mapping))]
+    reasons = {name: [_reason(part.get(name)) for part in objects] for name in REASONS}
+    stated = {reason for own in reasons.values() for reason in own}
+    if stated & (_CUT | _AT_A_STOP_TEXT) or any(_is_at_stop_text(part) for part in objects):
         return False
-    if any(reason in _ENDED for reason in reasons.values()):
+    if stated & _ENDED:
         return True
-    return False if reasons["finish_reason"] else None
+    return False if any(reasons["finish_reason"]) else None
+
+
+def _is_at_stop_text(fields: Mapping[str, Any]) -> bool:
+    """Whether an answer ended before a text that is no mark: vLLM's `stop_reason`, SGLang's `matched`."""
+    reason = fields.get("finish_reason")
+    text = reason.get("matched") if isinstance(reason, Mapping) else fields.get("stop_reason")
+    is_text = isinstance(text, str) and text != "" and not text.startswith("<|")
+    return is_text and _reason(reason) == "stop" and _reason(text) not in _ENDED
 
 
 def _reason(value: Any) -> str:

@@ -51,16 +51,19 @@ def flags_of_row(row: dict[str, Any]) -> tuple[str, ...]:
     messages = row["messages"]
     asked = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
     answer = [m for m in messages[asked + 1 :] if m["role"] == "assistant"]
-    flags |= {"irregular"} if any(_is_irregular(m["raw"]) for m in answer if m.get("raw")) else set()
+    raws = [(m["raw"], m is messages[-1]) for m in answer if m.get("raw")]
+    flags |= {"irregular"} if any(_is_irregular(raw, is_last=last) for raw, last in raws) else set()
     flags |= {"irregular"} if any(m.get("channel") not in (None, *CHANNELS[2:5]) for m in answer) else set()
     flags |= {"truncated"} if row.get("complete") is False else set()
     flags |= set() if any(m.get("channel") == "analysis" for m in answer) else {"no_reasoning"}
     return tuple(flag for flag in SEQUENCE_FLAGS if flag in flags | {"re_rendered"})
 
 
-def _is_irregular(raw: str) -> bool:
+def _is_irregular(raw: str, *, is_last: bool) -> bool:
+    """Whether a text with marks does not follow the format; only the last of a conversation may lack a stop token."""
     words = tokenizer()
-    return any(irregular(m) for m in label(marked_ids(raw, words), tokenizer=words, n_prompt=0).messages)
+    messages = label(marked_ids(raw, words), tokenizer=words, n_prompt=0).messages
+    return any(irregular(m) for m in messages) or (not is_last and bool(messages) and messages[-1].stop < 0)
 
 
 def counted(flags: Iterable[Iterable[str]]) -> str:

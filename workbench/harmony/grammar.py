@@ -35,7 +35,7 @@ def parse_text(text: str) -> list[dict[str, Any]]:
 
 def messages_of(ids: Sequence[int], labels: Labels, tokenizer: Tokenizer) -> list[dict[str, Any]]:
     """Return messages of a labelled stream."""
-    messages = []
+    messages, special = [], set(tokenizer.special.values())
     for m in labels.messages:
         end = m.end if m.stop < 0 else m.stop
         content = tokenizer.decode(list(ids[m.content : end])) if m.content >= 0 else ""
@@ -45,7 +45,10 @@ def messages_of(ids: Sequence[int], labels: Labels, tokenizer: Tokenizer) -> lis
         if m.role == "developer":
             message["content"] = instructions_of(content)
         text = tokenizer.decode(list(ids[m.start : m.end]))
-        if m.role not in ("system", "developer") and not _is_regular(message, m.closed_by, text, tokenizer):
+        marks = any(id in special for id in ids[m.content : end]) if m.content >= 0 else False
+        no_channel = m.role == "assistant" and not m.channel  # it would be rendered as an answer on the final channel
+        regular = not (marks or no_channel) and _is_regular(message, m.closed_by, text, tokenizer)
+        if m.role not in ("system", "developer") and not regular:
             message["raw"] = text
         messages.append(message)
     return messages

@@ -7,20 +7,24 @@ ordinary answers too.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from workbench.harmony.grammar import generation_prompt_ids, marked_ids, parse
 from workbench.harmony.vocabulary import MARKS, Tokenizer, tokenizer
 
 _CHANNELS = ("analysis", "commentary", "final")
-_STOPS = ("<|end|>", "<|return|>", "<|call|>")
+STOPS = ("<|end|>", "<|return|>", "<|call|>")
 _TAGS = ("think", "thinking")
 _CONTENT_TYPES = ("json", "code")
-_REMAINS = re.compile(f"assistant(?={'|'.join(_CHANNELS)})")
+_CALL_FIRST = re.compile(r" to=([\w.]+?)(commentary|analysis)\b")  # recipient and channel, as chat templates write it
+_REMAINS = re.compile(f"assistant(?={'|'.join(_CHANNELS)}|{_CALL_FIRST.pattern})")
+_GLUED = re.compile(r"(?:analysis|commentary)[^\W_]")  # no word begins so: the rest of a header
 _TAG = re.compile(r"</?(?:think|thinking)>", re.IGNORECASE)
+_TAG_NAMES = r"(?:\w+:)?(?:think|thinking|thoughts?|reasoning|analysis|reflection|scratchpad)"
 _OTHER_TAG = re.compile(
-    r"\A\s*<\s*(?:think|thinking|thoughts?|reasoning)\b[^<>\n]{0,40}>|</\s*(?:think|thinking|thoughts?|reasoning)\s*>",
+    rf"\A\s*<\s*{_TAG_NAMES}\b[^<>\n]{{0,40}}>|</\s*{_TAG_NAMES}\s*>|\A\s*[\[◁]\s*think\s*[\]▷]|"
+    r"\A\s*<\|\w*(?:thought|thinking|think)\|>",
     re.IGNORECASE,
 )
 _OTHER_REMAINS = re.compile(
@@ -47,17 +51,22 @@ def read_output(text: str, *, truncated: bool = False, vocabulary: Tokenizer | N
     if is_marked(text):
         return _marked(text, vocabulary or tokenizer())
     if (stripped := _stripped(text, truncated)) is not None:
-        return Output(stripped)
+        finals = [i for i, message in enumerate(stripped) if message["channel"] == "final"]
+        ends = text.rstrip().endswith("<|return|>")
+        # only the last answer is final: a word "assistantfinal" within a text looks the same
+        return Output(stripped, True if ends else None, irregular=any(i < len(stripped) - 1 for i in finals))
     if (tagged := _tagged(text)) is not None:
-        return tagged
+        begins = text.lstrip().startswith(tuple(f"<{tag}>" for tag in _TAGS))
+        return tagged if begins or not _OTHER_TAG.match(text) else replace(tagged, irregular=True)
     return Output([{"role": "assistant", "channel": "final", "content": text}], irregular=_may_be_more(text))
 
 
 def _may_be_more(text: str) -> bool:
     """Whether a text that is read as one answer has what may be marks or tags: quoted, misspelled, after a preamble."""
     has_tags = any(f"<{tag}>" in text and f"</{tag}>" in text for tag in _TAGS)
-    stopped = text.rstrip().endswith(_STOPS)
-    return has_tags or stopped or bool(_OTHER_TAG.search(text) or _OTHER_REMAINS.match(text))
+    stopped = text.rstrip().endswith((*STOPS, "<|endoftext|>"))
+    remains = _OTHER_REMAINS.match(text) or _GLUED.match(text)
+    return has_tags or stopped or bool(_OTHER_TAG.search(text) or remains)
 
 
 def is_marked(text: str) -> bool:
@@ -78,7 +87,7 @@ def is_marked(text: str) -> bool:
 
 
 def _marked(text: str, words: Tokenizer) -> Output:
-    start = text.lstrip()
+    start = _without_spaces_at_marks(text.lstrip())
     if start.startswith("<|start|>"):
         ids = marked_ids(start, words)
     elif start.startswith("assistant<|"):
@@ -88,16 +97,29 @@ def _marked(text: str, words: Tokenizer) -> Output:
         ids = [*generation_prompt_ids(words), *([words.mark("channel")] if channel else []), *marked_ids(start, words)]
     messages = parse(ids, tokenizer=words, n_prompt=len(generation_prompt_ids(words)))  # what follows was generated
     messages = [m for m in messages if m["content"] or m.get("recipient") or m.get("raw")]
+    # a spacing that was put right, and messages that are no model's output: a dialogue within one message
+    irregular = start != text.lstrip() or any(m["role"] not in ("assistant", "tool") for m in messages)
     if text.rstrip().endswith(("<|return|>", "<|call|>")):
-        return Output(messages, True)
+        return Output(messages, True, irregular)
     last = messages[-1] if messages else {}
     within_analysis = last.get("channel") == "analysis" and not last.get("recipient")  # hosts strip the last mark only
-    return Output(messages, False if within_analysis and not text.rstrip().endswith(_STOPS) else None)
+    return Output(messages, False if within_analysis and not text.rstrip().endswith(STOPS) else None, irregular)
+
+
+def _without_spaces_at_marks(text: str) -> str:
+    """Return a text that was decoded with a space on both sides of every mark without them; any other text as it is."""
+    if not re.search(r"<\|channel\|> (?:analysis|commentary|final)\b", text):
+        return text
+    return re.sub(r" ?(<\|(?:start|channel|message|end|return|call|constrain)\|>) ?", r"\1", text).replace(
+        "<|constrain|>", " <|constrain|>"
+    )
 
 
 def _stripped(text: str, truncated: bool) -> list[dict[str, Any]] | None:
     """Messages of a text whose marks were stripped, as in `analysis…assistantfinal…`."""
     start = text.removeprefix("assistant")
+    if _CALL_FIRST.match(start):
+        return _stripped_pieces("assistant" + start)
     if not start.startswith(_CHANNELS):
         return None
     cuts = [0, *(match.start() for match in _REMAINS.finditer(text, len(text) - len(start) + 1))]
@@ -105,6 +127,12 @@ def _stripped(text: str, truncated: bool) -> list[dict[str, Any]] | None:
     is_header = _CALL.match(start) or _REMAINS.match(text) or _is_glued_final(start)
     if len(cuts) == 1 and not cut_analysis and not is_header:
         return None
+    return _stripped_pieces(text)
+
+
+def _stripped_pieces(text: str) -> list[dict[str, Any]]:
+    first = len(text) - len(text.removeprefix("assistant"))
+    cuts = [0, *(match.start() for match in _REMAINS.finditer(text, first + 1))]
     pieces = [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)], strict=True)]
     return [_stripped_message(piece.removeprefix("assistant")) for piece in pieces]
 
@@ -118,6 +146,10 @@ def _is_glued_final(text: str) -> bool:
 
 
 def _stripped_message(piece: str) -> dict[str, Any]:
+    for stop in STOPS:
+        piece = piece.removesuffix(stop)
+    if call := _CALL_FIRST.match(piece):  # the recipient before the channel
+        piece = f"{call[2]} to={call[1]} {piece[call.end() :].lstrip()}"
     channel = next(channel for channel in _CHANNELS if piece.startswith(channel))
     content = piece.removeprefix(channel)
     message: dict[str, Any] = {"role": "assistant", "channel": channel}

@@ -7,7 +7,20 @@ shows which of them the model wrote, so the message is refused.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-REASONING_FIELDS = ("thinking", "reasoning_content", "reasoning", "reasoning_details", "analysis")
+REASONING_FIELDS = (
+    "thinking",
+    "reasoning_content",
+    "reasoning",
+    "reasoning_details",
+    "analysis",
+    "reasoning_text",
+    "thinking_blocks",
+    "chain_of_thought",
+    "cot",
+    "thoughts",
+)
+# objects in which LangChain, LiteLLM and OpenAI's client keep the fields of a host that they do not know
+WRAPPERS = ("additional_kwargs", "provider_specific_fields", "model_extra")
 
 
 class DifferentReasoningError(ValueError):
@@ -22,7 +35,9 @@ def reasoning_beside(message: Mapping[str, Any]) -> tuple[str, bool]:
     Raises:
         DifferentReasoningError: two fields hold different reasoning.
     """
-    read = {name: reasoning_text(message.get(name)) for name in REASONING_FIELDS}
+    wrapped = {f"{name} of {outer}": inner[name] for outer, inner in _wrapped(message) for name in inner}
+    fields = {name: message.get(name) for name in REASONING_FIELDS} | wrapped
+    read = {name: reasoning_text(value) for name, value in fields.items()}
     verbatim = {name: text for name, (text, summary) in read.items() if text.strip() and not summary}
     texts = verbatim or {name: text for name, (text, _) in read.items() if text.strip()}
     if not texts:
@@ -31,6 +46,12 @@ def reasoning_beside(message: Mapping[str, Any]) -> tuple[str, bool]:
     for other in others:
         check_same(first, texts[first], other, texts[other])
     return texts[first], not verbatim
+
+
+def _wrapped(message: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Return the fields of reasoning in the objects that programs add to a message."""
+    objects = [(outer, inner) for outer in WRAPPERS if isinstance(inner := message.get(outer), Mapping)]
+    return [(outer, {name: inner[name] for name in REASONING_FIELDS if name in inner}) for outer, inner in objects]
 
 
 def check_same(one: str, text: str, other: str, text_of_other: str) -> None:

@@ -4,7 +4,8 @@ A prompt: `{"id", "messages", "expected"?, "meta"?}`. A transcript: `{"id", "pro
 "complete"?, "expected"?, "correct"?, "meta"?}`, or `"messages"` instead of `"tokens"`, which are then rendered; rows of
 messages may have `tools`, `builtin_tools`, `model_identity`, `knowledge_cutoff` and `date`, as `harmony.render` has.
 `expected` is the text that the final message should be; its older name `answer` is read too. `correct` states whether
-it was. Messages may be those of any chat API. Other fields are ignored; blank lines, a byte-order mark and CRLF are
+it was. Messages may be those of any chat API. A system text, an effort and reasoning beside the messages are read as
+`workbench convert` reads them. Other fields are ignored; blank lines, a byte-order mark and CRLF are
 allowed.
 """
 
@@ -24,6 +25,7 @@ from workbench.errors import InputError
 from workbench.harmony.chat_messages import ChatMessages, from_chat_messages
 from workbench.harmony.completion import is_complete
 from workbench.harmony.flags import SEQUENCE_FLAGS
+from workbench.harmony.formats.row_fields import one_effort, with_reasoning, with_system
 from workbench.harmony.messages import effort_of, settled_effort, shown
 from workbench.harmony.preamble import prompt_options
 from workbench.harmony.rendering import render_transcript
@@ -251,7 +253,7 @@ def _transcript(fields: dict[str, Any], seen: dict[str, int], tokenizer: Tokeniz
         raise _BadRowError("expected either tokens or messages")
     complete, notes = _complete(fields), _notes(fields)
     if fields.get("tokens") is not None:
-        effort = _effort(fields.get("effort"))
+        effort = _effort(_stated_effort(fields))
         tokens = _tokens(fields["tokens"], tokenizer)
         n_prompt = fields.get("n_prompt")
     else:
@@ -277,7 +279,7 @@ def _rendered(
 ) -> tuple[str, list[int], int, ChatMessages]:
     """Effort, ids and length of the prompt of a row of messages."""
     options = {"date": _DATE} | _options(fields)
-    given = fields.get("effort")
+    given = _stated_effort(fields)
     if given not in (None, ""):
         given = _effort(given)
     chat = _chat_messages(fields, split=True, truncated=complete is False)
@@ -306,6 +308,13 @@ def notes_on(chat: ChatMessages) -> tuple[str, ...]:
         "reasoning_summary": chat.summary,
     }
     return tuple(name for name, value in notes.items() if value)
+
+
+def _stated_effort(fields: dict[str, Any]) -> Any:
+    try:
+        return one_effort(fields)
+    except InputError as error:
+        raise _BadRowError(str(error)) from error
 
 
 def _effort(value: Any) -> str:
@@ -374,9 +383,12 @@ def _text(fields: dict[str, Any], name: str) -> str:
 def _chat_messages(fields: dict[str, Any], *, split: bool, truncated: bool = False) -> ChatMessages:
     if "messages" not in fields:
         raise _BadRowError("messages is missing")
-    builtin = fields.get("builtin_tools") or ()
+    builtin, messages = fields.get("builtin_tools") or (), fields["messages"]
     try:
-        return from_chat_messages(fields["messages"], builtin=builtin, truncated=truncated, split=split)
+        if isinstance(messages, list):  # what rows have beside their messages is read as `workbench convert` reads it
+            messages = with_system(fields, messages)
+            messages = with_reasoning(fields, messages)[0] if split else messages
+        return from_chat_messages(messages, builtin=builtin, truncated=truncated, split=split)
     except InputError as error:
         raise _BadRowError(str(error)) from error
 

@@ -122,14 +122,19 @@ def expert_layout(folder: Path, config: Mapping[str, Any]) -> str:
 def _sign_of_unsloth(config: Mapping[str, Any]) -> str | None:
     """Return the entry of a config that shows that Unsloth trained the adapter, or None."""
     mapping = config.get("auto_mapping")
-    for name in [*config, *(mapping if isinstance(mapping, dict) else ())]:
+    for name, value in {**config, **(mapping if isinstance(mapping, dict) else {})}.items():
         if "unsloth" in name.lower():
             return name
+        if name == "parent_library" and "unsloth" in str(value).lower():
+            return f"the library {value!r}"
     base = str(config.get("base_model_name_or_path"))
     return f"the base model {base!r}" if "unsloth" in base.lower() else None
 
 
 def _check_numbers(path: Path, config: Mapping[str, Any]) -> None:
+    for name in ("use_rslora", "use_dora"):
+        if not isinstance(config.get(name), bool | None):
+            raise InputError(f"{path}: {name} is {config[name]!r}, expected true or false")
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     for name, value in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
         if not isinstance(value, dict):

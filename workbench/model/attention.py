@@ -12,10 +12,9 @@ from collections.abc import Callable, Mapping
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from transformer_lens.hook_points import HookPoint
 
 from workbench.errors import InputError
-from workbench.hooks.hook_points import hooked
+from workbench.hooks.hook_points import CheckedHookPoint, hooked
 from workbench.hooks.observation import either, observe, replace_changed
 from workbench.kernels import attention as attend
 from workbench.model.config import Config
@@ -39,10 +38,14 @@ class Attention(AttentionWeights, nn.Module):
         self.v = Linear(cfg.d_model, cfg.n_key_value_heads * cfg.d_head)
         self.o = Linear(cfg.n_heads * cfg.d_head, cfg.d_model)
         self.sinks = nn.Parameter(torch.zeros(cfg.n_heads))
-        self.hook_q, self.hook_k, self.hook_v = HookPoint(), HookPoint(), HookPoint()
-        self.hook_rot_q, self.hook_rot_k = HookPoint(), HookPoint()
-        self.hook_attn_scores, self.hook_sink, self.hook_pattern = HookPoint(), HookPoint(), HookPoint()
-        self.hook_z, self.hook_result = HookPoint(), HookPoint()
+        self.hook_q, self.hook_k, self.hook_v = CheckedHookPoint(), CheckedHookPoint(), CheckedHookPoint()
+        self.hook_rot_q, self.hook_rot_k = CheckedHookPoint(), CheckedHookPoint()
+        self.hook_attn_scores, self.hook_sink, self.hook_pattern = (
+            CheckedHookPoint(),
+            CheckedHookPoint(),
+            CheckedHookPoint(),
+        )
+        self.hook_z, self.hook_result = CheckedHookPoint(), CheckedHookPoint()
 
     def forward(
         self,

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from workbench.hooks.hook_points import hooked
+from workbench.hooks.hook_points import CheckedHookPoint, hooked
 from workbench.hooks.observation import observe, replace_changed
 from workbench.model.low_rank import Linear
 
@@ -51,7 +51,7 @@ def register(block: nn.Module, names: tuple[str, ...], wanted: bool) -> None:
     """Add these hook points to a block, or remove them."""
     for name in names:
         if not wanted or getattr(block, name) is None:
-            block.register_module(name, HookPoint() if wanted else None)
+            block.register_module(name, CheckedHookPoint() if wanted else None)
 
 
 def read_at(point: HookPoint | None, stream: Tensor) -> Tensor:

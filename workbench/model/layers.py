@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from workbench.hooks.hook_points import hooked
+from workbench.hooks.hook_points import CheckedHookPoint, checked_experts, hooked
 from workbench.kernels import dense, norm, routing
 from workbench.kernels.chunking import chunked
 from workbench.kernels.ggml import GgmlMxfp4
@@ -38,8 +38,8 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(d))
         self.eps = eps
-        self.hook_scale = HookPoint()
-        self.hook_normalized = HookPoint()
+        self.hook_scale = CheckedHookPoint()
+        self.hook_normalized = CheckedHookPoint()
 
     @property
     def w(self) -> Tensor:
@@ -67,7 +67,7 @@ class Router(nn.Module):
         self.bias = nn.Parameter(torch.zeros(cfg.experts_of(layer)))
         self.lora: LowRank | None
         self.register_module("lora", None)
-        self.hook_out = HookPoint()
+        self.hook_out = CheckedHookPoint()
 
     @property
     def W(self) -> Float[Tensor, "d_model expert"]:  # noqa: N802 - TransformerLens' name
@@ -158,7 +158,7 @@ class ExpertLayer(ExpertWeights, nn.Module):
         num_experts = cfg.experts_of(layer)
         self.gate_up = ExpertMatrix(num_experts, cfg.d_model, 2 * cfg.d_mlp, packed)
         self.down = ExpertMatrix(num_experts, cfg.d_mlp, cfg.d_model, packed)
-        self.hook_gate, self.hook_pre, self.hook_post, self.hook_out = (HookPoint() for _ in range(4))
+        self.hook_gate, self.hook_pre, self.hook_post, self.hook_out = (CheckedHookPoint() for _ in range(4))
 
     def forward(self, x: Tensor, experts: Int[Tensor, "batch pos slot"], gates: Tensor) -> Tensor:
         """Return the weighted sum of the chosen experts' outputs [batch pos d_model]."""
@@ -188,11 +188,12 @@ class MoE(ExpertBiases, nn.Module):
         self.k = cfg.experts_per_token
         self.router = Router(cfg, layer)
         self.experts = ExpertLayer(cfg, layer, packed)
-        self.hook_expert_indices, self.hook_expert_weights = HookPoint(), HookPoint()
+        self.hook_expert_indices, self.hook_expert_weights = CheckedHookPoint(), CheckedHookPoint()
 
     def forward(self, x: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         logits = self.router(x).flatten(0, 1)
-        experts = self.hook_expert_indices(routing.top_k(logits, self.k).unflatten(0, x.shape[:2]))
+        own = routing.top_k(logits, self.k).unflatten(0, x.shape[:2])
+        experts = checked_experts(self.hook_expert_indices, own, logits.shape[-1])
         gates = self.hook_expert_weights(routing.gate(logits, experts.flatten(0, 1)).unflatten(0, x.shape[:2]))
         return self.experts(x, experts, gates)
 
@@ -210,8 +211,12 @@ class Block(nn.Module):
         self.cfg, self.layer = cfg, layer
         self.ln1, self.ln2 = RMSNorm(cfg.d_model, cfg.eps), RMSNorm(cfg.d_model, cfg.eps)
         self.attn, self.mlp = Attention(cfg, layer), MoE(cfg, layer, packed)
-        self.hook_resid_pre, self.hook_resid_mid, self.hook_resid_post = HookPoint(), HookPoint(), HookPoint()
-        self.hook_attn_out, self.hook_mlp_out = HookPoint(), HookPoint()
+        self.hook_resid_pre, self.hook_resid_mid, self.hook_resid_post = (
+            CheckedHookPoint(),
+            CheckedHookPoint(),
+            CheckedHookPoint(),
+        )
+        self.hook_attn_out, self.hook_mlp_out = CheckedHookPoint(), CheckedHookPoint()
         for name in (*input_points.MLP_IN, *input_points.ATTENTION_IN, *input_points.HEAD_INPUTS):
             self.register_module(name, None)  # see workbench.model.input_points
 
@@ -264,7 +269,7 @@ class Unembed(nn.Module):
         self.weight = nn.Parameter(torch.empty(cfg.d_vocab, cfg.d_model))
         self.lora: LowRank | None
         self.register_module("lora", None)
-        self.hook_out = HookPoint()
+        self.hook_out = CheckedHookPoint()
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:  # noqa: N802 - TransformerLens' name

@@ -14,12 +14,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformer_lens.hook_points import HookPoint
 from transformer_lens.HookedRootModule import HookedRootModule
 from transformer_lens.utilities.slice import Slice
 
 from workbench.errors import InputError
-from workbench.hooks.hook_points import snapshot_hooks
+from workbench.hooks.hook_points import CheckedHookPoint, snapshot_hooks
 from workbench.hooks.names import closest_names, hook_points
 from workbench.model import calling, input_points
 from workbench.model.activation_cache import ActivationCache
@@ -54,7 +53,7 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
         self.cuda_graphs = torch.version.hip is None
         self.checkpointing = False  # keep one stream a block for the backward pass and compute the rest again
         self.embed = Embed(cfg.d_vocab, cfg.d_model)
-        self.hook_embed = HookPoint()
+        self.hook_embed = CheckedHookPoint()
         self.blocks = nn.ModuleList(Block(cfg, layer, packed) for layer in range(cfg.n_layers))
         self.ln_final = RMSNorm(cfg.d_model, cfg.eps)
         self.unembed = Unembed(cfg)

@@ -98,7 +98,7 @@ def test_a_result_with_the_id_of_no_call_is_irregular() -> None:
 
 
 def test_what_a_message_has_that_nothing_reads_is_noted() -> None:
-    for field in ({"audio": {"data": "AAAA"}}, {"additional_kwargs": {"tool_calls": []}}, {"thinking": 5}):
+    for field in ({"audio": {"data": "AAAA"}}, {"additional_kwargs": {"tool_calls": [{"id": "a"}]}}, {"thinking": 5}):
         assert "fields_left_out" in row(messages=[MESSAGES[0], {**MESSAGES[1], **field}])["notes"], field
     assert "images_left_out" in row(messages=[{**MESSAGES[0], "images": "AAAA"}, MESSAGES[1]])["notes"]
     assert "notes" not in row(messages=[MESSAGES[0], {**MESSAGES[1], "audio": None, "thinking": " "}]), "a control"
@@ -107,3 +107,38 @@ def test_what_a_message_has_that_nothing_reads_is_noted() -> None:
 def test_a_message_with_an_empty_list_of_parts_is_an_empty_message() -> None:
     messages = row(messages=[MESSAGES[0], {"role": "assistant", "content": []}, MESSAGES[0], MESSAGES[1]])["messages"]
     assert [m["role"] for m in messages] == ["user", "assistant", "user", "assistant", "assistant"]
+
+
+CALL = {"name": "calc", "args": {"x": 1}, "id": "a", "type": "tool_call"}
+
+
+def test_the_arguments_of_a_call_are_read_under_the_names_of_other_programs() -> None:
+    message = row(messages=[MESSAGES[0], {"role": "assistant", "content": "", "tool_calls": [CALL]}])["messages"][1]
+    assert message["content"] == '{"x": 1}'
+    other = {name: value for name, value in CALL.items() if name != "args"} | {"payload": {"x": 1}}
+    read = row(messages=[MESSAGES[0], {"role": "assistant", "content": "", "tool_calls": [other]}])
+    assert "fields_left_out" in read["notes"]  # negative control: an unknown name is noted
+
+
+def test_the_output_of_a_call_of_mcp_is_its_result() -> None:
+    call = {"type": "mcp_call", "id": "m", "name": "calc", "arguments": "{}", "output": "42"}
+    contents = [m["content"] for m in row(messages=[MESSAGES[0], call, MESSAGES[1]])["messages"]]
+    assert contents[1:3] == ["{}", "42"]
+    no_output = {name: value for name, value in call.items() if name != "output"}
+    assert len(row(messages=[MESSAGES[0], no_output, MESSAGES[1]])["messages"]) == len(contents) - 1  # negative control
+
+
+def test_a_result_with_a_name_answers_its_call() -> None:
+    calls = [{"id": "", "function": {"name": name, "arguments": "{}"}} for name in ("calc", "other")]
+    results = [{"role": "tool", "name": "calc", "content": "1"}, {"role": "tool", "content": "2"}]
+    read = row(messages=[MESSAGES[0], {"role": "assistant", "content": "", "tool_calls": calls}, *results, MESSAGES[1]])
+    assert [m["name"] for m in read["messages"] if m["role"] == "tool"] == ["functions.calc", "functions.other"]
+
+
+def test_messages_of_langchain_are_read() -> None:
+    ai = {"type": "ai", "content": "42", "additional_kwargs": {"reasoning_content": "six sevens"}}
+    for messages in (
+        [{"type": "human", "content": "6*7"}, ai],
+        [{"type": "human", "data": {"content": "6*7"}}, {"type": "ai", "data": ai}],
+    ):
+        assert [m["content"] for m in row(messages=messages)["messages"]] == ["6*7", "six sevens", "42"]

@@ -136,3 +136,27 @@ def test_a_header_that_is_none_is_one_line(header: Any, tmp_path: Path) -> None:
     _, rows, left_out = convert(path)
     assert not rows
     assert len(left_out) == 1
+
+
+@pytest.mark.parametrize(
+    ("scores", "correct"),
+    [(["C"], True), (["I", "C"], None), (["C", "C"], True), ([{"x": 1}, "I"], False), ([0.5], None)],
+)
+def test_scores_that_differ_state_no_grade(scores: list[Any], correct: bool | None, tmp_path: Path) -> None:
+    values = {f"scorer {i}": {"value": value} for i, value in enumerate(scores)}
+    (row,) = convert(write_log(tmp_path / "x.eval", sample(0, scores=values)))[1]
+    assert row.get("correct") is correct
+    assert row["meta"]["scores"] == values
+
+
+def test_the_error_of_a_tool_is_what_the_model_was_given(tmp_path: Path) -> None:
+    call = {"id": "c", "function": "calc", "arguments": {"x": 1}, "type": "function"}
+    result = {"role": "tool", "tool_call_id": "c", "function": "calc", "content": ""}
+
+    def contents(error: Any) -> list[str]:
+        messages = [MESSAGES[0], {"role": "assistant", "content": "", "tool_calls": [call]}, {**result, "error": error}]
+        (row,) = convert(write_log(tmp_path / "x.eval", sample(0, messages=[*messages, MESSAGES[1]])))[1]
+        return [m["content"] for m in row["messages"] if m["role"] == "tool"]
+
+    assert contents({"type": "timeout", "message": "too slow"}) == ["too slow"]
+    assert contents(None) == [""]  # negative control

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from workbench.errors import InputError
-from workbench.harmony.formats.row_fields import about, one_effort, with_system
+from workbench.harmony.formats.row_fields import about, decoded, one_effort, with_reasoning, with_system
 from workbench.harmony.hosts.files import convert
 
 ASK, ANSWER = {"role": "user", "content": "6*7"}, {"role": "assistant", "content": "42"}
@@ -133,3 +133,39 @@ def test_every_response_of_a_sample_is_read(tmp_path: Path) -> None:
     (row,), _ = read(tmp_path, sample | {"resps": [["42"]]})
     assert row["correct"] is True, "a negative control: the score of one response is its own"
     assert "correct" not in read(tmp_path, sample | {"resps": [["42"]], "acc": 0})[0][0]
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content", "thinking", "chain_of_thought"])
+@pytest.mark.parametrize("shape", ["chat messages", "ShareGPT conversations"])
+def test_reasoning_beside_the_messages_is_that_of_the_last_answer(shape: str, name: str, tmp_path: Path) -> None:
+    (row,), _ = read(tmp_path, ROWS[shape] | {name: "six sevens"})
+    assert [m.get("channel") for m in row["messages"]] == [None, "analysis", "final"]
+    assert row["messages"][1]["content"] == "six sevens"
+    assert row["meta"]["reasoning"] == "verbatim"
+    assert read(tmp_path, ROWS[shape])[0][0]["meta"]["reasoning"] == "absent"  # negative control
+
+
+def test_another_reasoning_than_the_answer_has_stays_in_the_metadata(tmp_path: Path) -> None:
+    messages = [ASK, {**ANSWER, "thinking": "six sevens"}]
+    (row,), _ = read(tmp_path, {"messages": messages, "reasoning": "the judge's"})
+    assert row["messages"][1]["content"] == "six sevens"
+    assert row["meta"] == {"reasoning": "verbatim", "reasoning_of_row": "the judge's"}
+    tagged = [ASK, {**ANSWER, "content": "<think>six sevens</think>42"}]
+    assert with_reasoning({"reasoning": "the judge's"}, tagged) == (tagged, [])
+    assert with_reasoning({"reasoning": {"effort": "low"}}, [ASK, ANSWER]) == ([ASK, ANSWER], [])
+
+
+def test_reasoning_beside_the_message_of_a_choice_is_read(tmp_path: Path) -> None:
+    choice = {"message": ANSWER, "finish_reason": "stop", "reasoning": "six sevens"}
+    (row,), _ = read(tmp_path, {"request": {"messages": [ASK]}, "response": {"choices": [choice]}})
+    assert [m.get("channel") for m in row["messages"]] == [None, "analysis", "final"]
+
+
+def test_conversations_that_a_table_keeps_as_texts_are_read(tmp_path: Path) -> None:
+    pair = {"request": {"messages": [ASK]}, "response": CHAT}
+    texts = [{"messages": json.dumps([ASK, ANSWER])}, {name: json.dumps(value) for name, value in pair.items()}]
+    rows, left_out = read(tmp_path, *texts, {"conversation": [ASK, ANSWER]})
+    assert [[m["content"] for m in row["messages"]] for row in rows] == [["6*7", "42"]] * 3
+    assert not left_out
+    for row in ({"prompt": "an object", "response": '{"a": 1}'}, {"messages": "[Hello"}, [ASK]):  # negative controls
+        assert decoded(row) == row

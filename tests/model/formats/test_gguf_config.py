@@ -81,3 +81,61 @@ def test_a_file_that_is_no_model_is_named(tmp_path: Path, kind: str, remedy: str
     path = files.write(tmp_path / "m.gguf", {"general.type": kind, "general.architecture": "gpt-oss"}, {})
     with pytest.raises(InputError, match=f"is not a model: its general.type is '{kind}': {remedy}"):
         open_checkpoint(path)
+
+
+def plain(path: Path, **fields: Any) -> Path:
+    about = files.metadata(CFG, "gpt-oss", NANO) | {f"gpt-oss.{name}": value for name, value in fields.items()}
+    return files.write(path, about, files.llama_cpp(CFG, RandomTensors(CFG)))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("rope.dimension_count", CFG.d_head // 2),
+        ("attention.value_length", CFG.d_head * 2),
+        ("attention.sliding_window_pattern", 1),
+        ("attention.sliding_window_pattern", [1, 1, 1]),
+        ("attention.scale", 0.5),
+        ("rope.scaling.attn_factor", 2.0),
+        ("rope.scaling.yarn_log_multiplier", 0.1),
+        ("expert_gating_func", 2),
+        ("expert_weights_scale", 2.5),
+        ("expert_shared_count", 1),
+        ("final_logit_softcapping", 30.0),
+        ("logit_scale", 0.5),
+        ("swiglu_clamp_exp", [7, 5, 7]),
+    ],
+)
+def test_a_field_that_would_change_the_results_is_refused(tmp_path: Path, name: str, value: Any) -> None:
+    with pytest.raises(
+        InputError, match=rf"gpt-oss\.{name} is .*, which changes the results; only .* is computed here"
+    ):
+        open_checkpoint(plain(tmp_path / "m.gguf", **{name: value}))
+
+
+def test_fields_at_the_values_that_change_nothing_are_read_and_unknown_ones_are_named(tmp_path: Path) -> None:
+    """The negative control of refusing them."""
+    neutral = {"rope.dimension_count": CFG.d_head, "attention.sliding_window_pattern": 2, "expert_gating_func": 3}
+    neutral |= {
+        "final_logit_softcapping": 0.0,
+        "attention.scale": CFG.d_head**-0.5,
+        "swiglu_clamp_exp": [7, 7, 7],
+    }
+    assert open_checkpoint(plain(tmp_path / "m.gguf", **neutral)).notes == ()
+    windows = {"attention.sliding_window_pattern": [window is not None for window in CFG.windows]}
+    assert open_checkpoint(plain(tmp_path / "list.gguf", **windows)).notes == ()
+    (note,) = open_checkpoint(plain(tmp_path / "unknown.gguf", **{"tomorrow": 1})).notes
+    assert note == "fields that are not read: gpt-oss.tomorrow"
+
+
+@pytest.mark.parametrize("value", ["2", 2.0, 0])
+def test_a_number_of_experts_per_token_that_is_none_is_refused(tmp_path: Path, value: Any) -> None:
+    with pytest.raises(InputError, match=r"expert_used_count is .*, expected a number"):
+        open_checkpoint(plain(tmp_path / "m.gguf", expert_used_count=value))
+
+
+def test_numbers_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    for name in ("attention.layer_norm_rms_epsilon", "rope.freq_base"):
+        for value in (float("nan"), float("inf")):
+            with pytest.raises(InputError, match=f"{name} is (nan|inf), expected a number above 0"):
+                open_checkpoint(plain(tmp_path / "m.gguf", **{name: value}))

@@ -263,3 +263,26 @@ def test_values_that_are_no_numbers_are_refused(tmp_path: Path) -> None:
     path = files.write(tmp_path / "m.gguf", files.metadata(CFG, "gpt-oss", NANO), tensors)
     with pytest.raises(InputError, match=r"tensor 'blk.1.ffn_down_exps.weight' .* at \[0, 0, 0\]: scale byte 255"):
         wb.load(path, device="cpu")
+
+
+@pytest.mark.parametrize("kind", [9, 24, 28])  # Q8_1, I8, F64: ggml has them, and the package gguf does not read them
+def test_a_type_that_cannot_be_dequantised_is_refused_when_the_file_is_opened(tmp_path: Path, kind: int) -> None:
+    tensors = files.llama_cpp(CFG, RandomTensors(CFG))
+    shape, _, _ = tensors["blk.0.attn_q.weight"]
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+    tensors["blk.0.attn_q.weight"] = (shape, kind, bytes(shape[0] * shape[1] // block * size))
+    with pytest.raises(InputError, match=rf"'blk.0.attn_q.weight' has ggml type {kind}, which is not read here"):
+        open_checkpoint(files.write(tmp_path / "m.gguf", files.metadata(CFG, "gpt-oss", NANO), tensors))
+
+
+def test_tensors_that_overlap_are_refused(tmp_path: Path) -> None:
+    path = files.write(
+        tmp_path / "m.gguf", files.metadata(CFG, "gpt-oss", NANO), files.llama_cpp(CFG, RandomTensors(CFG))
+    )
+    open_checkpoint(path)  # negative control
+    content = bytearray(path.read_bytes())
+    at = content.index(b"blk.1.attn_norm.weight") + len(b"blk.1.attn_norm.weight") + 4 + 8 + 4  # axes, size, type
+    content[at : at + 8] = bytes(8)  # the offset: that of the first tensor
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="overlap: the file is damaged"):
+        open_checkpoint(path)

@@ -11,6 +11,9 @@ from workbench.harmony.preamble import prompt_options
 from workbench.harmony.tool_definitions import read_tools
 from workbench.harmony.transcripts import notes_on
 
+_LARGEST_ID = 2**31 - 1
+_REASONINGS = ("verbatim", "summary", "absent")
+
 
 @dataclass
 class Conversation:
@@ -61,7 +64,9 @@ def transcript_row(conversation: Conversation, effort: str | None) -> dict[str, 
         notes += [] if options.get("tools") or options.get("builtin_tools") else ["tools_not_rendered"]
     notes = [*c.notes, *notes, *notes_on(chat)]
     has_analysis = any(m.get("channel") == "analysis" for m in chat.messages)
-    meta = c.meta | {"reasoning": ("summary" if chat.summary else "verbatim") if has_analysis else "absent"}
+    row_own = c.meta.get("reasoning")  # a text of the row's own that is not this conversation's reasoning
+    own = {"reasoning_of_row": row_own} if isinstance(row_own, str) and row_own not in _REASONINGS else {}
+    meta = c.meta | own | {"reasoning": ("summary" if chat.summary else "verbatim") if has_analysis else "absent"}
     row |= {"effort": stated, "messages": chat.messages} | about | options
     return _present(row | {"notes": list(dict.fromkeys(notes)) or None, "meta": meta})
 
@@ -85,8 +90,10 @@ def _check_tokens(ids: Sequence[Any], n_prompt: Any) -> None:
     Raises:
         InputError: one is no whole number from 0, or the prompt is not a number of them.
     """
-    if wrong := [id for id in ids if type(id) is not int or id < 0]:
-        raise InputError(f"its ids hold {shown(wrong[0])}; expected whole numbers from 0")
+    if not ids:
+        raise InputError("it has no ids: expected at least one")
+    if wrong := [id for id in ids if type(id) is not int or not 0 <= id <= _LARGEST_ID]:
+        raise InputError(f"its ids hold {shown(wrong[0])}; expected whole numbers from 0 to {_LARGEST_ID:,}")
     if type(n_prompt) is not int or not 0 <= n_prompt <= len(ids):
         raise InputError(f"n_prompt is {shown(n_prompt)}; expected how many of the {len(ids)} tokens are the prompt")
 

@@ -104,6 +104,7 @@ def from_sample(sample: Mapping[str, Any], log: Mapping[str, Any]) -> Conversati
     config = {**(evaluation.get("model_generate_config") or {}), **(plan.get("config") or {})}
     attachments = Attachments(sample.get("attachments") or {})
     scores = [score.get("value") for score in (sample.get("scores") or {}).values() if isinstance(score, dict)]
+    judged = {value for value in map(_judged, scores) if value is not None}
     target = sample.get("target")
     calls = [event for event in sample.get("events") or [] if isinstance(event, dict) and event.get("event") == "model"]
     choices = (sample.get("output") or {}).get("choices") or [{}]
@@ -118,7 +119,7 @@ def from_sample(sample: Mapping[str, Any], log: Mapping[str, Any]) -> Conversati
         options={"tools": attachments.inserted(tools)} if tools else {},
         complete=False if is_complete(choices[0]) is False else None,
         answer=target if isinstance(target, str) else None,
-        correct=_judged(scores[0]) if scores else None,
+        correct=judged.pop() if len(judged) == 1 else None,  # of two scores that differ, nothing shows which counts
         meta=meta,
     )
 

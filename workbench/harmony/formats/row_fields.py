@@ -7,14 +7,19 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from workbench.bounded_json import parse_json
+from workbench.bounded_json import parse_json, unique_names
 from workbench.errors import InputError
 from workbench.harmony.completion import is_complete
 from workbench.harmony.flags import SEQUENCE_FLAGS
+from workbench.harmony.marked_text import read_output
 from workbench.harmony.messages import EFFORTS, effort_of, shown
+from workbench.harmony.reasoning import REASONING_FIELDS, reasoning_beside, reasoning_text
 
 Row = Mapping[str, Any]
 _RENDERING = ("builtin_tools", "model_identity", "knowledge_cutoff", "date")
+_REASONING_OF_ROWS = [name for name in REASONING_FIELDS if name != "analysis"]  # which may be somebody else's
+_AS_TEXT = ("messages", "conversations", "conversation", "request", "response")
+_OTHER_NAMES = ("conversation", "dialog", "dialogue", "chat", "turns")
 _MAX_META_CHARACTERS = 10_000  # of a field that nothing reads
 _IMAGES = {"image", "images", "image_url", "video", "videos", "audio", "audios"}
 # what `about` and `with_system` read
@@ -155,3 +160,51 @@ def with_system(row: Row, messages: Sequence[Any]) -> list[Any]:
         elif first.get("content", first.get("value")) != text:
             raise InputError(f"{name} and its first message are two different system texts: keep one of them")
     return list(messages)
+
+
+def with_reasoning(row: Row, messages: Sequence[Any]) -> tuple[list[Any], list[str]]:
+    """Return messages with the reasoning that a row keeps beside them in the last answer, and the fields it was in.
+
+    An answer that has reasoning of its own stays as it is, and the row's stays in its metadata: it is another one.
+    """
+    fields = [name for name in _REASONING_OF_ROWS if reasoning_text(row.get(name))[0].strip()]
+    last = object_of(messages[-1]) if messages else {}
+    content = last.get("content", last.get("value"))
+    if not fields or last.get("role", last.get("from")) not in ("assistant", "gpt") or not isinstance(content, str):
+        return list(messages), []
+    if reasoning_beside(last)[0] or [m["content"] for m in read_output(content).messages] != [content]:
+        return list(messages), []
+    return [*messages[:-1], {**last, **{name: row[name] for name in fields}}], fields
+
+
+def decoded(row: Any) -> Any:
+    """Return a row with the conversation, request or response that a table keeps as a text of JSON, as JSON.
+
+    A conversation under another name than `messages` gets this one. A text that is not JSON stays as it is.
+    """
+    if not isinstance(row, Mapping):
+        return row
+    texts = {name: row[name] for name in _AS_TEXT if isinstance(row.get(name), str) and row[name].lstrip()[:1] in "[{"}
+    read = {name: value for name, text in texts.items() if (value := _of_json(text)) is not None}
+    if "response" in read and not {"choices", "output", "message", "body"} & {*object_of(read["response"])}:
+        del read["response"]  # an answer that is an object of JSON
+    row = {**row, **read} if read else row
+    other = next((name for name in _OTHER_NAMES if _is_conversation(row.get(name))), None)
+    if other is not None and not any(row.get(name) for name in ("messages", "conversations", "response", "choices")):
+        row = {("messages" if name == other else name): value for name, value in row.items() if name != "messages"}
+    return row
+
+
+def _of_json(text: str) -> Any:
+    try:
+        return parse_json(text, object_pairs_hook=unique_names)
+    except InputError:
+        return None
+
+
+def _is_conversation(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(one, Mapping) and ("role" in one or "from" in one) for one in value)
+    )

@@ -12,7 +12,8 @@ from workbench.errors import InputError
 from workbench.harmony.chat_messages import from_chat_messages
 from workbench.harmony.completion import is_complete
 from workbench.harmony.formats.conversation import Conversation
-from workbench.harmony.formats.row_fields import Row, about, object_of, one_effort, with_system
+from workbench.harmony.formats.prompts import continued, given_messages
+from workbench.harmony.formats.row_fields import Row, about, object_of, one_effort, with_reasoning, with_system
 from workbench.harmony.grammar import parse_text
 from workbench.harmony.marked_text import is_marked
 from workbench.harmony.messages import shown
@@ -37,17 +38,6 @@ def _is_list(row: Row, name: str, kind: type = Mapping) -> bool:
     return isinstance(values, list) and bool(values) and all(isinstance(value, kind) for value in values)
 
 
-def _given(value: Any) -> list[Any]:
-    """Messages of a prompt, which may be one text."""
-    if isinstance(value, str):
-        return (
-            parse_text(value)
-            if value.startswith("<|start|>") and is_marked(value)
-            else [{"role": "user", "content": value}]
-        )
-    return list(value) if isinstance(value, Sequence) else []
-
-
 # ---- a request and its response ------------------------------------------------------------------------------------
 
 
@@ -55,9 +45,15 @@ def _request_messages(request: Row) -> list[Any]:
     """Messages of a request to chat completions, Responses, completions or Ollama."""
     instructions = request.get("instructions")
     first = [{"role": "developer", "content": instructions}] if isinstance(instructions, str) and instructions else []
+    for name in ("previous_response_id", "conversation"):
+        if request.get(name) not in (None, "", {}, []):
+            raise InputError(
+                f"the request continues {shown(request[name])} ({name}), whose messages it does not hold: give all "
+                "messages as its input"
+            )
     for name in ("messages", "input", "prompt"):
         if request.get(name) not in (None, []):
-            return with_system(request, [*first, *_given(request[name])])
+            return with_system(request, [*first, *given_messages(request[name])])
     raise InputError("the request has no messages, input or prompt")
 
 
@@ -70,6 +66,8 @@ def responses_of(response: Row) -> list[tuple[list[Any], bool | None, tuple[list
     if _is_list(response, "choices"):
         return [_choice(choice, response) for choice in response["choices"]]
     if isinstance(response.get("output"), list):
+        if not response["output"]:
+            raise InputError(f"the response has no output; its status is {shown(response.get('status'))}")
         items = with_preambles(response["output"])
         return [(items, is_complete(response), None)]
     if isinstance(response.get("message"), Mapping):
@@ -83,17 +81,20 @@ def responses_of(response: Row) -> list[tuple[list[Any], bool | None, tuple[list
 def _choice(choice: Row, response: Row) -> tuple[list[Any], bool | None, tuple[list[int], list[int]] | None]:
     message = choice.get("message")
     if not isinstance(message, Mapping):
+        if isinstance(choice.get("delta"), Mapping):
+            raise InputError("it is a piece of a streamed response: store the complete response")
         message = {"role": "assistant", "content": choice.get("text")}
     prompt_ids = response.get("prompt_token_ids", choice.get("prompt_token_ids"))
     ids = choice.get("token_ids")
     exact = (prompt_ids, ids) if isinstance(prompt_ids, list) and isinstance(ids, list) and prompt_ids and ids else None
-    return [{"role": "assistant", **message}], is_complete(choice), exact
+    beside = {name: choice[name] for name in REASONING_FIELDS if choice.get(name) and not message.get(name)}
+    return [{"role": "assistant", **message, **beside}], is_complete(choice), exact
 
 
 def with_preambles(items: Sequence[Any]) -> list[Any]:
     """Return items of Responses; a message that a call or more reasoning follows is a preamble."""
     with_channels = []
-    for item, following in zip(items, [*items[1:], None], strict=True):
+    for item, following in zip(items, [*items[1:], *[None][: len(items)]], strict=True):
         kind = object_of(following).get("type")
         before_more = kind in ("function_call", "reasoning", "custom_tool_call")
         preamble = before_more and object_of(item).get("type") == "message"
@@ -173,7 +174,8 @@ def _with_expected(row: Row, fields: dict[str, Any]) -> dict[str, Any]:
 
 def _messages(row: Row) -> Iterator[Conversation]:
     texts = {name: row.get(name) for name in ("expected", "answer") if isinstance(row.get(name), str)}
-    yield Conversation(with_system(row, row["messages"]), **_with_expected(texts, about(row, "messages", *texts)))
+    messages, reasoning = with_reasoning(row, with_system(row, row["messages"]))
+    yield Conversation(messages, **_with_expected(texts, about(row, "messages", *texts, *reasoning)))
 
 
 def _harmony(row: Row) -> Iterator[Conversation]:
@@ -224,7 +226,8 @@ def _is_harmony(row: Row) -> bool:
 
 
 def _sharegpt(row: Row) -> Iterator[Conversation]:
-    yield Conversation(with_system(row, row["conversations"]), **about(row, "conversations"))
+    messages, reasoning = with_reasoning(row, with_system(row, row["conversations"]))
+    yield Conversation(messages, **about(row, "conversations", *reasoning))
 
 
 def _results(row: Row) -> Iterator[Conversation]:
@@ -253,7 +256,7 @@ def _prompt_completion(row: Row) -> Iterator[Conversation]:
     for name in answers:
         answer = row[name]
         written = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else list(answer)
-        asked = _given(row["prompt"])
+        asked = given_messages(row["prompt"])
         written = written[len(asked) :] if len(written) > len(asked) and written[: len(asked)] == asked else written
         id = fields["id"] if name == "completion" else f"{fields['id']}/{name}".strip("/")
         both = with_system(row, [*asked, *written])
@@ -265,7 +268,9 @@ def _lm_eval(row: Row) -> Iterator[Conversation]:
     arguments: Any = row.get("arguments")
     if isinstance(arguments, Mapping):
         arguments = [list(object_of(entry).values()) for entry in arguments.values()]
-    prompt = arguments[0][0]
+    prompt, *others = arguments[0]
+    if others and isinstance(others[0], str):
+        raise InputError("it scores the log-likelihood of given answers: the model wrote no text")
     if isinstance(prompt, str) and prompt.lstrip().startswith("[{"):
         prompt = parse_json(prompt)
     fields = about(row, "doc_id", "arguments", "resps")
@@ -276,7 +281,7 @@ def _lm_eval(row: Row) -> Iterator[Conversation]:
     for number, text in enumerate(texts):
         id = f"{row['doc_id']}/{number}" if len(texts) > 1 else str(row["doc_id"])
         yield Conversation(
-            [*_given(prompt), {"role": "assistant", "content": text}],
+            [*given_messages(prompt), {"role": "assistant", "content": text}],
             **{**fields, "id": id, "prompt_id": str(row["doc_id"]), "correct": correct},
         )
 
@@ -289,11 +294,39 @@ def _prompt_answer(row: Row) -> Iterator[Conversation]:
             f"it has {' and '.join(answers)}, and nothing shows which one the model wrote: keep one of them, and call "
             "the right answer target"
         )
-    if more := [name for name in ("input", "context") if row.get(name) not in (None, "", [])]:
+    if more := [
+        name for name in ("input", "context") if row.get(name) not in (None, "", []) and not _is_ids(row, name)
+    ]:
         raise InputError(f"it has a prompt and {more[0]}: join them in the prompt as the model saw them")
-    message = {"role": "assistant", "content": next(iter(answers.values()))}
+    prompt, answer = continued(row["prompt"], next(iter(answers.values())))
+    message = {"role": "assistant", "content": answer}
     message |= {name: row[name] for name in REASONING_FIELDS if row.get(name) is not None}
-    yield Conversation(with_system(row, [*_given(row["prompt"]), message]), **fields)
+    yield Conversation(with_system(row, [*given_messages(prompt), message]), **fields)
+
+
+def _text(row: Row) -> Iterator[Conversation]:
+    """A conversation as one text with marks, as chat templates render it."""
+    text = row["text"].rstrip()
+    complete = True if text.endswith(("<|return|>", "<|call|>")) else None if text.endswith("<|end|>") else False
+    fields = about(row, "text")
+    yield Conversation(
+        parse_text(text), **{**fields, "complete": complete if fields["complete"] is None else fields["complete"]}
+    )
+
+
+def _is_text(row: Row) -> bool:
+    text = row.get("text")
+    return not row.get("prompt") and isinstance(text, str) and text.startswith("<|start|>") and is_marked(text)
+
+
+def _is_ids(row: Row, name: str) -> bool:
+    """Whether a field holds ids, as the `context` that Ollama returns with each answer."""
+    return isinstance(row[name], list) and all(type(one) is int for one in row[name])
+
+
+def _llama_cpp(row: Row) -> Iterator[Conversation]:
+    """A response of llama.cpp's `/completion` with the prompt that it repeats."""
+    yield from _prompt_answer({**{k: v for k, v in row.items() if k != "content"}, "response": row["content"]})
 
 
 def _is_transcript(row: Row) -> bool:
@@ -350,6 +383,14 @@ SHAPES = (
         _lm_eval,
     ),
     Shape("chat messages", lambda row: _is_list(row, "messages"), _messages),
+    Shape("texts with harmony's marks", _is_text, _text),
+    Shape(
+        "llama.cpp completions",
+        lambda row: (
+            all(isinstance(row.get(n), str) for n in ("prompt", "content")) and bool({"stop_type", "stop"} & {*row})
+        ),
+        _llama_cpp,
+    ),
     Shape(
         "prompts with answers",
         lambda row: (

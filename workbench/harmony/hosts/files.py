@@ -15,6 +15,7 @@ from workbench.harmony.flags import counted, flags_of_row, sequence_flags
 from workbench.harmony.formats import inspect_logs
 from workbench.harmony.formats.containers import objects
 from workbench.harmony.formats.conversation import Conversation, error_text, transcript_row
+from workbench.harmony.formats.row_fields import decoded
 from workbench.harmony.formats.shapes import SHAPES, has_messages, paired, shape_of
 from workbench.harmony.labels import label
 from workbench.harmony.messages import EFFORTS, shown
@@ -141,14 +142,14 @@ def _of_value(value: Any, where: str, form: str, asked: dict[str, Any]) -> Found
         return
     if isinstance(value, list) and has_messages(value):
         value = {"messages": value}
+    value = decoded(value)
     shape = shape_of(value)
     if shape is None:
         yield "", where, InputError(f"{shown(value)} is not a conversation of a known shape")
         return
     try:
-        if "custom_id" in value and str(value["custom_id"]) in asked:
-            body = value["response"].get("body") or {}
-            conversations = paired(asked[str(value["custom_id"])], body, {"custom_id": value["custom_id"]})
+        if asked and "custom_id" in value and "request" not in value:
+            conversations = _of_batch(value, asked)
         else:
             conversations = shape.read(value)
         for conversation in conversations:
@@ -157,11 +158,30 @@ def _of_value(value: Any, where: str, form: str, asked: dict[str, Any]) -> Found
         yield shape.name + form, where, InputError(error_text(error))
 
 
+def _of_batch(value: dict[str, Any], asked: dict[str, Any]) -> Iterator[Conversation]:
+    """Return the conversations of a batch's response.
+
+    Raises:
+        InputError: its request is not among those of the batch, or it holds an error.
+    """
+    id = str(value["custom_id"])
+    if id not in asked:
+        raise InputError(f"the file of requests has none of the custom_id {shown(id)}: give the file of this batch")
+    response = value.get("response")
+    body = response.get("body") if isinstance(response, dict) else None
+    error = value.get("error") or (body.get("error") if isinstance(body, dict) else None)
+    if not isinstance(body, dict) or error:
+        raise InputError(f"the request {shown(id)} failed: {shown(error)}")
+    return paired(asked[id], body, {"custom_id": value["custom_id"]})
+
+
 def _requests(path: Path) -> dict[str, Any]:
     """The bodies of a batch's requests by custom_id."""
     bodies: dict[str, Any] = {}
     for where, value in objects(path)[1]:
         if not isinstance(value, dict) or "custom_id" not in value or not isinstance(value.get("body"), dict):
             raise InputError(f"{path}, {where}: expected a request with custom_id and body")
-        bodies[str(value["custom_id"])] = value["body"]
+        if (id := str(value["custom_id"])) in bodies:
+            raise InputError(f"{path}, {where}: the custom_id {shown(id)} is that of an earlier request: keep one")
+        bodies[id] = value["body"]
     return bodies

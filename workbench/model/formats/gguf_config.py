@@ -8,6 +8,7 @@ attention.
 Reference: https://github.com/ggml-org/llama.cpp/pull/21032 for the lists.
 """
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from reprlib import repr as short
@@ -20,6 +21,60 @@ from workbench.model.config import Config, Rope, check_sizes
 
 _PUZZLE = "gpt-oss-puzzle"  # the architecture whose one window, if it states one, is of every layer
 Shapes = Mapping[str, tuple[int, ...]]
+_PATTERN = "attention.sliding_window_pattern"
+_READ = {
+    "block_count",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.layer_norm_rms_epsilon",
+    "attention.sliding_window",
+    "context_length",
+    "embedding_length",
+    "expert_count",
+    "expert_feed_forward_length",
+    "expert_used_count",
+    "feed_forward_length",
+    "rope.freq_base",
+    "rope.scaling.factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.type",
+    "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
+}
+_INERT = {"attention.causal", "expert_weights_norm", "rope.scaling.finetuned", "tensor_data_layout", "vocab_size"}
+# Fields that change the results, and the values at which they change nothing; llama.cpp reads 0 as absent.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "attention.clamp_kqv": (0,),
+    "attention.max_alibi_bias": (0,),
+    _PATTERN: (2,),
+    "attn_logit_softcapping": (0,),
+    "embedding_scale": (0, 1),
+    "expert_gating_func": (0, 1, 3),  # softmax over all or over the selected experts, which gpt-oss always computes
+    "expert_group_count": (0, 1),
+    "expert_group_used_count": (0, 1),
+    "expert_shared_count": (0,),
+    "expert_weights_scale": (0, 1),
+    "final_logit_softcapping": (0,),
+    "interleave_moe_layer_step": (1,),
+    "leading_dense_block_count": (0,),
+    "logit_scale": (0, 1),
+    "residual_scale": (0, 1),
+    "rope.scaling.attn_factor": (0, 1),
+    "rope.scaling.yarn_attn_factor": (0, 1),
+    "rope.scaling.yarn_ext_factor": (1,),
+    "rope.scaling.yarn_log_multiplier": (0,),
+    "swiglu_clamp_exp": (7.0,),
+    "swiglu_limit": (7.0,),
+    "use_parallel_residual": (0,),
+}
+_SAME_AS = {
+    "attention.value_length": "d_head",
+    "attention.key_length_swa": "d_head",
+    "attention.value_length_swa": "d_head",
+    "rope.dimension_count": "d_head",
+    "rope.dimension_count_swa": "d_head",
+}
 
 
 class _Numbers:
@@ -32,9 +87,39 @@ class _Numbers:
         value = self.metadata.get(f"{self.arch}.{name}", default)
         if value is None or isinstance(value, bool) or not isinstance(value, int if kind is int else int | float):
             raise InputError(f"{self.path}: {self.arch}.{name} is {short(value)}, expected a number")
-        if value <= 0:
+        if not 0 < value < math.inf:
             raise InputError(f"{self.path}: {self.arch}.{name} is {value}, expected a number above 0")
         return kind(value)
+
+    def refuse_other_computations(self, cfg: Config) -> None:
+        """Refuse the fields of an architecture that change the results and that are not computed here.
+
+        Raises:
+            InputError: a field has another value than the one that changes nothing.
+        """
+        neutral = _NEUTRAL | {name: (getattr(cfg, size),) for name, size in _SAME_AS.items()}
+        neutral |= {
+            "attention.scale": (0, float(np.float32(cfg.d_head**-0.5))),
+            "rope.freq_base_swa": (cfg.rope.theta,),
+        }
+        if isinstance(pattern := self.metadata.get(f"{self.arch}.{_PATTERN}"), list):
+            windows = [int(window is not None) for window in cfg.windows]
+            neutral[_PATTERN] = (0, 1) if pattern == windows else ("that of the published models",)
+        for name, values in neutral.items():
+            value = self.metadata.get(f"{self.arch}.{name}")
+            given = value if isinstance(value, list) else [value]
+            if value is not None and any(one not in values for one in given):
+                computed = " or ".join(map(str, values))
+                raise InputError(
+                    f"{self.path}: {self.arch}.{name} is {short(value)}, which changes the results; only {computed} is "
+                    "computed here: load the checkpoint that the file was converted from, if it is a gpt-oss"
+                )
+
+    def unknown_fields(self) -> list[str]:
+        """Return the names of the fields of the architecture that nothing reads."""
+        known = {*_READ, *_NEUTRAL, *_SAME_AS, *_INERT, "attention.scale", "rope.freq_base_swa"}
+        own = (name.removeprefix(f"{self.arch}.") for name in self.metadata if name.startswith(f"{self.arch}."))
+        return sorted(name for name in own if name not in known)
 
     def of_layers(self, name: str, n_layers: int, least: int) -> list[int] | None:
         """Return a list with a number for each layer, or None if there is one for all."""
@@ -69,7 +154,7 @@ def read_gguf_config(path: Path, metadata: Mapping[str, Any], arch: str, tensors
         d_mlp=number.of("expert_feed_forward_length", int, metadata.get(f"{arch}.feed_forward_length")),
         d_vocab=tensors["token_embd.weight"][0],
         num_experts=max(experts),
-        experts_per_token=metadata.get(f"{arch}.expert_used_count") or 4,
+        experts_per_token=number.of("expert_used_count", int, 4),
         windows=_windows(number, n_layers),
         n_ctx=number.of("context_length", int),
         eps=_rounded(number.of("attention.layer_norm_rms_epsilon", float)),
@@ -78,7 +163,13 @@ def read_gguf_config(path: Path, metadata: Mapping[str, Any], arch: str, tensors
         rope=_rope(number),
         layer_experts=tuple(experts) if len(set(experts)) > 1 else None,
     )
+    number.refuse_other_computations(cfg)
     return check_sizes(path, cfg)
+
+
+def unknown_fields(path: Path, metadata: Mapping[str, Any], arch: str) -> list[str]:
+    """Return the names of the fields of the architecture that nothing reads."""
+    return _Numbers(path, metadata, arch).unknown_fields()
 
 
 def _windows(number: _Numbers, n_layers: int) -> tuple[int | None, ...]:

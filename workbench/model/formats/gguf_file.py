@@ -5,6 +5,8 @@ A file is the magic "GGUF", a version, counts, key-value metadata, tensor descri
 Reference: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
+import functools
+import itertools
 import math
 import mmap
 import struct
@@ -160,7 +162,17 @@ def _parse(path: Path, mapped: Any) -> GgufFile:
             missing = tensor.start + tensor.size - len(mapped)
             raise InputError(f"{path}: tensor {name!r} ends {missing:,} bytes beyond the file: truncated download?")
         tensors[name] = tensor
+    _refuse_overlaps(path, tensors)
     return GgufFile(path, metadata, tensors, bytes(mapped[: cursor.at]), mapped)
+
+
+def _refuse_overlaps(path: Path, tensors: dict[str, GgufTensor]) -> None:
+    ordered = sorted(tensors.items(), key=lambda item: item[1].start)
+    for (name, tensor), (following, other) in itertools.pairwise(ordered):
+        if tensor.start + tensor.size > other.start:
+            raise InputError(
+                f"{path}: tensors {name!r} and {following!r} overlap: the file is damaged, download it again"
+            )
 
 
 def _described(cursor: _Cursor) -> tuple[str, int, tuple[int, ...], int]:
@@ -174,7 +186,7 @@ def _described(cursor: _Cursor) -> tuple[str, int, tuple[int, ...], int]:
 def _size(path: Path, name: str, kind: int, shape: tuple[int, ...], old_types: bool) -> int:
     """Return the bytes of a tensor."""
     block, size = block_and_bytes(kind, old_types) or (0, 0)
-    if not block:
+    if not block or not (kind in (MXFP4, OLLAMA_MXFP4) or _is_decoded(kind, size)):
         raise InputError(f"{path}: tensor {name!r} has ggml type {kind}, which is not read here")
     if shape[-1] % block:
         raise InputError(f"{path}: tensor {name!r} of shape {list(shape)} has rows that are not a multiple of {block}")
@@ -191,6 +203,16 @@ def block_and_bytes(kind: int, old_types: bool = False) -> tuple[int, int] | Non
         return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
     except (ValueError, KeyError):
         return None
+
+
+@functools.lru_cache
+def _is_decoded(kind: int, size: int) -> bool:
+    """Whether the package gguf reads a type; it lists the sizes of others too. size: bytes of a block."""
+    try:
+        decoder(kind)(np.zeros((1, size), dtype=np.uint8))
+    except (NotImplementedError, ValueError):
+        return False
+    return True
 
 
 def precision(kind: int) -> str:

@@ -25,7 +25,7 @@ from workbench.kernels import cpu
 from workbench.kernels.ggml import BLOCK_BYTES, GgmlMxfp4, widen_q8_0
 from workbench.kernels.parallel import parallel_map
 from workbench.model.config import GROUP, Config
-from workbench.model.formats.gguf_config import read_gguf_config
+from workbench.model.formats.gguf_config import read_gguf_config, unknown_fields
 from workbench.model.formats.gguf_file import (
     BF16,
     F16,
@@ -90,6 +90,8 @@ def open_gguf(paths: Sequence[Path]) -> Checkpoint:
     cfg = read_gguf_config(paths[0], metadata, str(arch), {name: one.tensor.shape for name, one in stored.items()})
     reader = _Reader(paths[0], cfg, stored)
     tensors = Tensors(reader.read_all())
+    if unknown := unknown_fields(paths[0], metadata, str(arch)):
+        reader.notes.append(f"fields that are not read: {', '.join(f'{arch}.{name}' for name in unknown)}")
     experts = "mxfp4" if reader.packed else "dense"
     return Checkpoint(
         paths[0],
