@@ -41,6 +41,21 @@ class CheckedHookPoint(HookPoint):
         return edited
 
 
+def check_experts(point: HookPoint, experts: Tensor, num_experts: int) -> None:
+    """Check that experts [... slot] which a hook left, of whatever dtype, can select rows of the weights.
+
+    Raises:
+        InputError: an expert is no whole number, or not one of the layer's.
+    """
+    if experts.is_floating_point() or experts.is_complex() or experts.dtype == torch.bool:
+        raise InputError(f"a hook at {point.name} returned {experts.dtype}: experts are whole numbers")
+    if experts.numel() and not 0 <= int(experts.min()) <= int(experts.max()) < num_experts:
+        raise InputError(
+            f"a hook at {point.name} selected the experts {int(experts.min())} to {int(experts.max())}; the layer has "
+            f"0 to {num_experts - 1}"
+        )
+
+
 def checked_experts(
     point: HookPoint, own: Int[Tensor, "batch pos slot"], num_experts: int
 ) -> Int[Tensor, "batch pos slot"]:
@@ -54,13 +69,7 @@ def checked_experts(
     experts: Tensor = point(own)
     if experts is own and not (point.fwd_hooks and own.device.type == "cpu"):
         return experts
-    if experts.is_floating_point() or experts.is_complex() or experts.dtype == torch.bool:
-        raise InputError(f"a hook at {point.name} returned {experts.dtype}: experts are whole numbers")
-    if experts.numel() and not 0 <= int(experts.min()) <= int(experts.max()) < num_experts:
-        raise InputError(
-            f"a hook at {point.name} selected the experts {int(experts.min())} to {int(experts.max())}; the layer has "
-            f"0 to {num_experts - 1}"
-        )
+    check_experts(point, experts, num_experts)
     return experts
 
 

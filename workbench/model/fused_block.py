@@ -19,7 +19,7 @@ from jaxtyping import BFloat16
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
-from workbench.errors import InputError
+from workbench.hooks.hook_points import check_experts
 from workbench.kernels import attention as attend
 from workbench.kernels import cpu
 from workbench.model.low_rank import Linear
@@ -346,16 +346,6 @@ def _call_and_set(step: Any, name: str, point: Any, before: Tensor, num_experts:
     if _same(out, before):
         return False
     if num_experts is not None:
-        _check_experts(out, num_experts)
+        check_experts(point, out, num_experts)
     step.set(name, out)
     return True
-
-
-def _check_experts(experts: Tensor, num_experts: int) -> None:
-    """Raise an InputError if a hook has left experts that the layer does not have."""
-    wrong = experts[(experts < 0) | (experts >= num_experts)]
-    if len(wrong):
-        raise InputError(
-            f"a hook set expert {int(wrong[0])} in mlp.hook_expert_indices: expected 0 to {num_experts - 1}, the "
-            "experts of the layer"
-        )
