@@ -31,6 +31,7 @@ TITLES = {
     "force": "Force experts",
     "reweight": "Reweight experts",
     "scale_sinks": "Scale sinks",
+    "scale_heads": "Ablate or scale heads",
     "steer": "Steer along a direction",
     "vector": "Steer along a vector",
     "feature": "Steer along a feature",
@@ -98,17 +99,18 @@ def new_intervention(kind: str, cells: tuple[tuple[int, int], ...], n_layers: in
     if kind in CELL_KINDS and not cells:
         raise InputError("no experts are selected: click cells of the map")
     middle = n_layers // 2
-    layers = (middle,) if kind in ("steer", "vector", "patch") else tuple(range(middle + 1))
+    layers = (middle,) if kind in ("steer", "vector", "patch", "scale_heads") else tuple(range(middle + 1))
     # what is asked most: does the final answer need attention to the analysis, or this effort
     asked: dict[str, dict[str, Any]] = {
         "knockout": {"scope": Scope(channel=("final",)), "keys": Scope(channel=("analysis",))},
         "patch": {"source_effort": "low" if effort == "high" else "high"},
+        "scale_heads": {"heads": (0,), "strength": 0.0},
+        **{factor: {"strength": 0.5} for factor in ("reweight", "scale_sinks")},
     }
     return Intervention(
         kind,
         cells=cells if kind in CELL_KINDS else (),
         layers=() if kind in (*CELL_KINDS, "feature") else layers,
-        strength=0.5 if kind in FACTOR_KINDS else 1.0,
         **asked.get(kind, {}),
     )
 
