@@ -43,6 +43,7 @@ _FIELDS = (
     *("token_prob", "is_target_logit", "run_idx", "reverse_ctx_idx"),
 )
 _LAYER = re.compile(r"-?[0-9]{1,4}")
+_FEATURE_ERROR = re.compile(r"layer [0-9]{1,4} feature error")
 # as `workbench graph --prompt` writes it: a system message with the effort, one user message, and the answer
 _PROMPT = re.compile(
     r"(?P<prompt><\|start\|>system<\|message\|>.*?Reasoning: (?P<effort>low|medium|high)\b.*?"
@@ -71,6 +72,11 @@ def experts_by_node(graph: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
 def heads_by_node(graph: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     """Return the (layer, head) of each node that is a head, by the id of the node."""
     return _by_node(graph, "head")
+
+
+def features_by_node(graph: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Return the (layer, feature) of each node that is a feature, by the id of the node."""
+    return _by_node(graph, FEATURE)
 
 
 def _by_node(graph: Mapping[str, Any], kind: str) -> dict[str, tuple[int, int]]:
@@ -255,7 +261,9 @@ def _node(node: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"layer {layer!r} of node {node['node_id']!r}")
     kinds = {"embedding": "embedding", "logit": "logit", "mlp reconstruction error": "error"}
     label = str(node.get("clerp") or node["node_id"])
-    inner = next((kind for kind in ("neuron", "expert", "head") if f" {kind}" in label), "feature")
+    inner = next((kind for kind in ("neuron", "expert", "head") if f" {kind}" in label), FEATURE)
+    if _FEATURE_ERROR.fullmatch(label):  # what an autoencoder does not reconstruct
+        inner = "error"
     value = node.get("activation")
     return {
         "id": str(node["node_id"]),

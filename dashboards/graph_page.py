@@ -160,22 +160,38 @@ def _live_link(session: Session, graph: Mapping[str, Any], node: str, verb: str)
     return f"<a href='{escape(session.address('live', query))}'>{verb} it at this token on the page Live</a>"
 
 
+def _feature_link(session: Session, layer: int, feature: int, view: Mapping[str, str]) -> str:
+    """Return a link to the page of a feature, or "" where the run recorded another autoencoder than the one given."""
+    hooks = [lists.hook for lists in session.run.spec.features if lists.layer == layer]
+    given = [hook for hook in hooks if session.registry.autoencoder(session.name, hook) is not None]
+    if len(given) != 1:
+        return ""
+    address = session.link("features", quantity=given[0], layer=str(layer), feature=str(feature), **view)
+    return f"<a href='{escape(address)}'>Examples and effects of feature {feature} in layer {layer}</a>"
+
+
 def _about_graph(session: Session, graph: Mapping[str, Any], node: str) -> str:
-    """Return HTML of the page's question and, where the node is a head or an expert, links to its page.
+    """Return HTML of the page's question and, where the node is a head, an expert or a feature, links to its page.
 
     graph: what `attribution_graph.load` returned; empty if it could not be read.
     """
     expert = attribution_graph.experts_by_node(graph).get(node) if graph else None
     target = graph["about"].get("target") if graph else None
     token = f"the token <b>{escape(repr(str(target)))}</b>" if target is not None else "this token"
-    text = f"Why did the model predict {token}? Each node is an embedding, a head or a routed expert at a token."
-    hint = "Choose the node of a head or an expert to open its page."
+    features = attribution_graph.features_by_node(graph) if graph else {}
+    kinds, pages = "an embedding, a head or a routed expert", "a head or an expert"
+    if features:
+        kinds, pages = "an embedding, a head, a routed expert or a feature", "a head, an expert or a feature"
+    text = f"Why did the model predict {token}? Each node is {kinds} at a token."
+    hint = f"Choose the node of {pages} to open its page."
     head = attribution_graph.heads_by_node(graph).get(node) if graph else None
     view = dict.fromkeys(attribution_graph.VIEW, "")
     if head is not None and {"sinks", "sink_sums"} & set(session.run.recorded):
         layer, number = map(str, head)
         address = escape(session.link("sinks", layer=layer, head=number, **view))
         hint = f"<a href='{address}'>Sink attention of layer {layer}, head {number}</a>"
+    if node in features:
+        hint = _feature_link(session, *features[node], view) or hint
     if expert is not None:
         layer, number = map(str, expert)
         address = escape(session.link("experts", layer=layer, expert=number, **view))

@@ -39,6 +39,10 @@ TITLES = {
     "knockout": "Knock out attention",
 }
 _CHANNELS = ["prompt", "analysis", "commentary", "final", "frame"]
+# choices that do not fit beside each other go to the next line
+_WRAPPED_CSS = (
+    ".bk-input-group{flex-wrap:wrap;column-gap:5px}.bk-input-group>:not(:first-child){margin-left:0!important}"
+)
 _SAME_EFFORT = "same"
 _NARROW = 190  # pixels of a field that has others beside it
 _MAX_POSITION = 10_000_000  # no context is longer
@@ -120,7 +124,13 @@ class ScopeWidgets:
 
     def __init__(self, scope: Scope, what: str) -> None:
         self._channels, self._roles = (
-            pn.widgets.CheckBoxGroup(options=list(options), value=list(value), inline=True)
+            pn.widgets.CheckBoxGroup(
+                options=list(options),
+                value=list(value),
+                inline=True,
+                stylesheets=[_WRAPPED_CSS],
+                sizing_mode="stretch_width",
+            )
             for options, value in ((_CHANNELS, scope.channel), (ROLES, scope.role))
         )
         self._start, self._stop = (
