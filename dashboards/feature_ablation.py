@@ -35,19 +35,19 @@ def section(session: Session, name: str, feature: int) -> pn.Column:
     folder, model = session.registry.autoencoder(session.name, name), session.registry.model(session.name)
     if folder is None or not model:
         return pn.Column(widgets.html(_what_is_needed(session, feature, model)), sizing_mode="stretch_width")
-    results = box()
+    below = box()
     button = pn.widgets.Button(label="Ablate and measure", width=170, variant="outline")
 
     def start(*_: Any) -> None:
         session.put(ablated=str(feature))
         ask = session.registry.feature_ablation(session.name, folder, feature)
         texts = {"work": "Ablating in the model", "failed": "The ablation cannot be measured"}
-        results[:] = [widgets.awaited(ask, lambda found: _results(session, found), **texts)]
+        below[:] = [widgets.awaited(ask, lambda results: _results(session, results), **texts)]
 
     button.on_click(start)
     if session.choice.text("ablated") == str(feature):  # a link to results opens them again
         start()
-    return pn.Column(pn.FlexBox(button, widgets.html(_HINT)), results, sizing_mode="stretch_width")
+    return pn.Column(pn.FlexBox(button, widgets.html(_HINT)), below, sizing_mode="stretch_width")
 
 
 def _what_is_needed(session: Session, feature: int, model: str) -> str:
