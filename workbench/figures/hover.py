@@ -4,6 +4,7 @@ A template names a signed number as `%{x:+.2f}` or `%{customdata[1]:+.3g}`; `wri
 """
 
 import re
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -22,8 +23,7 @@ def write_signed_numbers(figure: go.Figure) -> go.Figure:
         template = getattr(trace, "hovertemplate", None)
         if not isinstance(template, str) or not (matches := list(_SIGNED.finditer(template))):
             continue
-        given = trace["customdata"]
-        columns = [] if given is None else [np.where(pd.isna(given), None, np.asarray(given, dtype=object))]
+        columns = [] if trace["customdata"] is None else [_objects(trace["customdata"])]
         width = columns[0].shape[-1] if columns else 0
         for number, match in enumerate(matches):
             own = match["column"]
@@ -34,10 +34,17 @@ def write_signed_numbers(figure: go.Figure) -> go.Figure:
     return figure
 
 
+def _objects(values: Any) -> Shaped[np.ndarray, "*any"]:
+    """Return values as objects with None for NaN, as equal figures would not be equal with NaN among objects."""
+    objects = np.array(values, dtype=object)
+    objects[pd.isna(objects)] = None
+    return objects
+
+
 def signed_texts(values: Shaped[np.ndarray, "*any"], digits: int, kind: str = "f") -> Shaped[np.ndarray, "*any"]:
     """Return numbers with their signs as text; one that is rounded to zero has none. kind: f or g, as in a format."""
     numbers = np.asarray(values).astype(np.float64)  # None becomes NaN
-    texts = np.char.replace(np.char.mod(f"%+.{digits}{kind}", numbers), "-", "−").astype(object)
+    texts = np.char.mod(f"%+.{digits}{kind}", numbers).astype(object)
     rounded = numbers.round(digits) if kind == "f" else numbers
     texts[rounded == 0] = f"{0:.{digits}{kind}}"
     texts[np.isnan(numbers)] = "–"
