@@ -1,4 +1,7 @@
-"""A feature is ablated at recorded examples: the effects are those of a spliced autoencoder without the feature."""
+"""A feature is ablated at recorded examples: the effects are those of a spliced autoencoder without the feature.
+
+Also tests `workbench.cli.features`.
+"""
 
 import json
 from pathlib import Path

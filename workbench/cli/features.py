@@ -35,8 +35,7 @@ def feature_ablation(
     feature is set to zero over the text so far; printed is what the predictions of the next token lose, beside a random
     direction of the same size. The dashboard's page Features by example runs this command.
     """
-    from workbench.experiments.feature_ablation import lists_of, measure
-    from workbench.hooks.sae import load_sae
+    from workbench.experiments.feature_ablation import load_autoencoder, measure
     from workbench.outputs import check_files
     from workbench.runs import open_run
     from workbench.studies import save, summary
@@ -45,8 +44,7 @@ def feature_ablation(
     inputs: list[str | Path] = [run, sae, *([adapter] if adapter else [])]
     if out is not None:
         check_files(["feature-ablation.txt"], out, command="study", inputs=inputs, overwrite=overwrite)
-    autoencoder = load_sae(sae)
-    lists_of(opened, autoencoder)  # before the model is loaded
+    autoencoder = load_autoencoder(sae, opened)
     loaded = load_model(model, device, dtype, ignore_field, adapter)
     results = {f"feature-{feature}": measure(loaded, autoencoder, opened, feature, examples=examples, seed=seed)}
     if out is not None:

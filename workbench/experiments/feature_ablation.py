@@ -11,6 +11,7 @@ Reference: Bricken et al. 2023, Towards Monosemanticity, who ablate features ove
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from workbench.counting import count_of, signed, signed_interval
 from workbench.errors import InputError
 from workbench.experiments.from_run import transcripts
 from workbench.harmony.labels import CHANNELS
-from workbench.hooks.sae import SAE
+from workbench.hooks.sae import SAE, load_sae
 from workbench.model.transformer import GptOss
 from workbench.runs import Run, feature_examples
 from workbench.runs.schema import EXAMPLE_KINDS, FeatureLists
@@ -89,6 +90,17 @@ def measure(model: GptOss, sae: SAE, run: Run, feature: int, *, examples: int = 
     table = pd.concat([rows.drop(columns=["ids", "prompt"]), pd.DataFrame(measured)], axis=1)
     means = {kind: torch.stack(of_kind).mean(0) for kind, of_kind in changes.items()}
     return _dataset(model, run, about, feature, table, means, rows["prompt"].tolist(), seed)
+
+
+def load_autoencoder(folder: str | Path, run: Run) -> SAE:
+    """Return the autoencoder in a folder, of whose features the run has examples.
+
+    Raises:
+        InputError: the folder holds no autoencoder, or the run recorded no examples of its features.
+    """
+    sae = load_sae(folder)
+    lists_of(run, sae)
+    return sae
 
 
 def lists_of(run: Run, sae: SAE) -> FeatureLists:
