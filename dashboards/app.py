@@ -159,17 +159,19 @@ def serve(
     allow_origin: Sequence[str] = (),
     basic_auth: Path | None = None,
     model: str = "",
+    autoencoders: Mapping[str, Path] | None = None,
     extra: Mapping[str, ExtraPage] | None = None,
 ) -> None:
     """Serve the dashboard until interrupted. Only pages from `address`, and of the origins allowed, may connect.
 
     basic_auth: a JSON file of names and passwords; without it everybody who reaches the address may look. model: the
     one that the runs were captured from, for attention patterns; loaded by processes of their own when it is needed.
+    autoencoders: folders by the digest that a capture records, for ablations of their features.
     extra: pages of other packages by their path.
     """
     access = login_options(basic_auth)
     origins = [*local_origins(address, port), *checked_origins(allow_origin)]
-    registry = RunRegistry(runs, model=model, editable=address in _LOCAL)
+    registry = RunRegistry(runs, model=model, autoencoders=autoencoders, editable=address in _LOCAL)
     check_free(address, port)
     expect_closed_connections()
     pn.extension("plotly", "tabulator", notifications=False, inline=True)  # nothing from another host

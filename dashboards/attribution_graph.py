@@ -33,6 +33,7 @@ VIEW = (
     "ablated",
 )  # what can be chosen in the frame
 ABLATED = ("embedding", "head", "expert", "neuron")  # kinds of nodes that the page can ablate in the model
+FEATURE = "feature"  # another one, where the autoencoders are at hand
 MOST_ABLATED = 20  # nodes at once
 MOST_NODES, MOST_EDGES = 3_000, 12_000  # that are drawn; of more, those with the largest influence or weight
 OURS = "gpt-oss"  # the scan of files that `workbench graph` wrote before it marked its influences as cumulative
@@ -42,6 +43,7 @@ _FIELDS = (
     *("token_prob", "is_target_logit", "run_idx", "reverse_ctx_idx"),
 )
 _LAYER = re.compile(r"-?[0-9]{1,4}")
+_FEATURE_ERROR = re.compile(r"layer [0-9]{1,4} feature error")
 # as `workbench graph --prompt` writes it: a system message with the effort, one user message, and the answer
 _PROMPT = re.compile(
     r"(?P<prompt><\|start\|>system<\|message\|>.*?Reasoning: (?P<effort>low|medium|high)\b.*?"
@@ -72,27 +74,35 @@ def heads_by_node(graph: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
     return _by_node(graph, "head")
 
 
+def features_by_node(graph: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Return the (layer, feature) of each node that is a feature, by the id of the node."""
+    return _by_node(graph, FEATURE)
+
+
 def _by_node(graph: Mapping[str, Any], kind: str) -> dict[str, tuple[int, int]]:
     pattern = re.compile(_NODE.replace("KIND", kind), re.DOTALL)
     matches = {node["id"]: pattern.fullmatch(node["label"]) for node in graph["nodes"] if node["kind"] == kind}
     return {id: (int(match[1]), int(match[2])) for id, match in matches.items() if match}
 
 
-def ablated_nodes(graph: Mapping[str, Any], text: str) -> list[str]:
-    """Return the ids in a text, separated by spaces, of nodes that the page can ablate; others are left out."""
-    known = {node["id"] for node in graph["nodes"] if node["kind"] in ABLATED}
+def ablated_nodes(graph: Mapping[str, Any], text: str, kinds: Sequence[str] = ABLATED) -> list[str]:
+    """Return the ids in a text, separated by spaces, of nodes that the page can ablate; others are left out.
+
+    kinds: of the nodes that can be ablated.
+    """
+    known = {node["id"] for node in graph["nodes"] if node["kind"] in kinds}
     return [id for id in dict.fromkeys(text.split()) if id in known][:MOST_ABLATED]
 
 
 def ablation_recipe(graph: Mapping[str, Any], id: str, tokenizer: harmony.Tokenizer | None) -> dict[str, Any] | None:
-    """Return a recipe of the live page that forbids the expert of a node at its token and predicts the target again.
+    """Return a recipe of the live page without a node: it forbids the expert, or ablates the head, at its token.
 
-    None if the node is no expert, or if the live page would write another prompt, in which the token may be elsewhere:
+    None if the node is neither, or if the live page would write another prompt, in which the token may be elsewhere:
     it writes the usual system message, one user message, and the beginning of the answer as it is.
     """
-    expert = experts_by_node(graph).get(id)
+    expert, head = experts_by_node(graph).get(id), heads_by_node(graph).get(id)
     match = _PROMPT.fullmatch("".join(graph["tokens"]))
-    if expert is None or match is None or tokenizer is None:
+    if (expert is None and head is None) or match is None or tokenizer is None:
         return None
     try:
         question = [{"role": "user", "content": match["user"]}]
@@ -103,13 +113,17 @@ def ablation_recipe(graph: Mapping[str, Any], id: str, tokenizer: harmony.Tokeni
         return None
     position = next(node["position"] for node in graph["nodes"] if node["id"] == id)
     scope = {"start": position, "stop": position + 1}
+    if head is not None:
+        intervention = {"kind": "scale_heads", "layers": [head[0]], "heads": [head[1]], "strength": 0.0}
+    else:
+        intervention = {"kind": "forbid", "cells": [list(expert or ())]}
     return {
         "recipe": 1,
         "user": match["user"],
         "effort": match["effort"],
         "begin": match["begin"],
         "max_new_tokens": _PREDICTED,
-        "interventions": [{"kind": "forbid", "cells": [list(expert)], "scope": scope}],
+        "interventions": [intervention | {"scope": scope}],
     }
 
 
@@ -119,11 +133,11 @@ def frame(
     theme: ThemeName = "light",
     view: Mapping[str, str] | None = None,
     *,
-    ablates: bool = False,
+    ablates: Sequence[str] = (),
 ) -> str:
     """Return HTML of the frame with what `load` returned in it.
 
-    view: what is chosen in it at first, see `VIEW`. ablates: whether the page that shows it can ablate nodes.
+    view: what is chosen in it at first, see `VIEW`. ablates: kinds of nodes that the page that shows it can ablate.
     """
     text = html.escape(document(graph, name, theme, view, ablates=ablates), quote=True)
     return (
@@ -138,10 +152,10 @@ def document(
     theme: ThemeName = "light",
     view: Mapping[str, str] | None = None,
     *,
-    ablates: bool = False,
+    ablates: Sequence[str] = (),
 ) -> str:
     """Return an HTML document that draws what `graph_data` returned and fetches nothing; for options see `frame`."""
-    kinds = ABLATED if ablates else ()
+    kinds = list(ablates)
     more = {"name": name, "theme": theme, "view": dict(view or {}), "ablates": kinds, "most_ablated": MOST_ABLATED}
     data = json.dumps({**graph, **more}, separators=(",", ":"))
     return _PAGE.read_text(encoding="utf-8").replace("__DATA__", data.replace("<", "\\u003c"))
@@ -247,7 +261,9 @@ def _node(node: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"layer {layer!r} of node {node['node_id']!r}")
     kinds = {"embedding": "embedding", "logit": "logit", "mlp reconstruction error": "error"}
     label = str(node.get("clerp") or node["node_id"])
-    inner = next((kind for kind in ("neuron", "expert", "head") if f" {kind}" in label), "feature")
+    inner = next((kind for kind in ("neuron", "expert", "head") if f" {kind}" in label), FEATURE)
+    if _FEATURE_ERROR.fullmatch(label):  # what an autoencoder does not reconstruct
+        inner = "error"
     value = node.get("activation")
     return {
         "id": str(node["node_id"]),

@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from workbench import registry
 from workbench.counting import count_of
-from workbench.dashboards import content, feature_details, search, widgets
+from workbench.dashboards import content, feature_ablation, feature_details, search, widgets
 from workbench.dashboards.example_lists import coloured_example, example, list_of
 from workbench.dashboards.session import Page, Session, box
 from workbench.harmony.labels import CHANNELS
@@ -129,6 +129,7 @@ class _Section:
         return [
             widgets.html(f"<h2>{escape(heading)}</h2>{content.facts(about)}"),
             feature_details.label_editor(session, name, self._layer, feature, text),
+            *([feature_ablation.section(session, name, feature)] if _has_lists(session.run, name) else []),
             widgets.beside(
                 feature_details.logit_effects(session, self._effects, feature),
                 widgets.deferred(

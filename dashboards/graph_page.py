@@ -21,7 +21,7 @@ from workbench.dashboards.session import Page, Session, box
 
 _OF_ONE_GRAPH = ("pins", "groups", "labels", "subgraph", "node", "ablated")  # another graph has other nodes
 _HINT = (
-    "<p class='wb-muted'>Choose a head, an expert, a neuron or an embedding and press <i>Ablate and measure</i>: the "
+    "<p class='wb-muted'>Choose an embedding, head, expert, neuron or feature and press <i>Ablate and measure</i>: the "
     "model is run without it.</p>"
 )
 # the frame may not be there yet when the results are, so it is sent them for some seconds; it shows each once
@@ -58,9 +58,10 @@ def graph(session: Session) -> Page:
 
     def describe(chosen: Mapping[str, str]) -> None:
         linked[:] = [widgets.html(_about_graph(session, drawn, chosen.get("node", "")))]
-        ablations.state.visible = bool(drawn) and _can_ablate(session, drawn)
-        if ablations.state.visible:
-            nodes = attribution_graph.ablated_nodes(drawn, chosen.get("ablated", ""))
+        kinds = _ablated_kinds(session, drawn) if drawn else ()
+        ablations.state.visible = bool(kinds)
+        if kinds:
+            nodes = attribution_graph.ablated_nodes(drawn, chosen.get("ablated", ""), kinds)
             ablations.ask(stored.graphs[str(pick.value)], drawn, nodes)
 
     view = view_input(session, attribution_graph.VIEW, describe)
@@ -75,7 +76,7 @@ def graph(session: Session) -> Page:
             path = stored.graphs[str(pick.value)]
             loaded = attribution_graph.load(path)
             drawn.update(loaded)
-            ablates = _can_ablate(session, loaded)
+            ablates = _ablated_kinds(session, loaded)
             text = attribution_graph.frame(loaded, path.stem, session.theme, chosen, ablates=ablates)
             return pn.pane.HTML(text, height=attribution_graph.HEIGHT + 10, sizing_mode="stretch_width")
 
@@ -120,13 +121,18 @@ class _Ablations:
             change = f"{'falls' if fall >= 0 else 'rises'} by {abs(fall):.2f} logits"
             return [widgets.html(f"<p>Without {escape(what)}, the target {change}, measured in the model.</p>")]
 
-        ask = self._session.registry.graph_ablation(self._session.name, path, nodes)
+        features = any(node["kind"] == attribution_graph.FEATURE for node in graph["nodes"] if node["id"] in nodes)
+        ask = self._session.registry.graph_ablation(self._session.name, path, nodes, features=features)
         texts = {"work": "Ablating in the model", "failed": "The ablation cannot be measured"}
         self.state[:] = [widgets.awaited(ask, show, **texts)]
 
 
-def _can_ablate(session: Session, graph: Mapping[str, Any]) -> bool:
-    return bool(session.registry.model(session.name)) and "tokens" in graph["stored"]
+def _ablated_kinds(session: Session, graph: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the kinds of nodes that can be ablated here; none without the model or the tokens of the graph."""
+    if not session.registry.model(session.name) or "tokens" not in graph["stored"]:
+        return ()
+    features = (attribution_graph.FEATURE,) if session.registry.autoencoders else ()
+    return (*attribution_graph.ABLATED, *features)
 
 
 def _why_not_ablated(session: Session, graph: Mapping[str, Any]) -> str:
@@ -135,36 +141,61 @@ def _why_not_ablated(session: Session, graph: Mapping[str, Any]) -> str:
         return "To ablate nodes here, make the graph again with <code>workbench graph</code>: it has no token ids."
     if not session.registry.model(session.name):
         return "To ablate nodes here, start the dashboard with <code>--model MODEL</code>."
+    if not session.registry.autoencoders and any(node["kind"] == "feature" for node in graph["nodes"]):
+        return (
+            "To ablate features here, start the dashboard with <code>--sae NAME=FOLDER</code> of their autoencoder "
+            "and <code>--model MODEL</code>."
+        )
     return ""
 
 
+def _live_link(session: Session, graph: Mapping[str, Any], node: str, verb: str) -> str:
+    """Return a link to the page Live without the head or expert of a node, or "" where there is none."""
+    words, model = search.vocabulary(session.run), session.registry.served_model
+    recipe = attribution_graph.ablation_recipe(graph, node, words)
+    if recipe is None or not model:
+        return ""
+    values = {"theme": "dark"} if session.theme == "dark" else {}
+    query = urlencode(values | {"recipe": json.dumps(recipe | {"model": model}, ensure_ascii=False)})
+    return f"<a href='{escape(session.address('live', query))}'>{verb} it at this token on the page Live</a>"
+
+
+def _feature_link(session: Session, layer: int, feature: int, view: Mapping[str, str]) -> str:
+    """Return a link to the page of a feature, or "" where the run recorded another autoencoder than the one given."""
+    hooks = [lists.hook for lists in session.run.spec.features if lists.layer == layer]
+    given = [hook for hook in hooks if session.registry.autoencoder(session.name, hook) is not None]
+    if len(given) != 1:
+        return ""
+    address = session.link("features", quantity=given[0], layer=str(layer), feature=str(feature), **view)
+    return f"<a href='{escape(address)}'>Examples and effects of feature {feature} in layer {layer}</a>"
+
+
 def _about_graph(session: Session, graph: Mapping[str, Any], node: str) -> str:
-    """Return HTML of the page's question and, where the node is a head or an expert, links to its page.
+    """Return HTML of the page's question and, where the node is a head, an expert or a feature, links to its page.
 
     graph: what `attribution_graph.load` returned; empty if it could not be read.
     """
     expert = attribution_graph.experts_by_node(graph).get(node) if graph else None
     target = graph["about"].get("target") if graph else None
     token = f"the token <b>{escape(repr(str(target)))}</b>" if target is not None else "this token"
-    text = f"Why did the model predict {token}? Each node is an embedding, a head or a routed expert at a token."
-    hint = "Choose the node of a head or an expert to open its page."
+    features = attribution_graph.features_by_node(graph) if graph else {}
+    kinds, pages = "an embedding, a head or a routed expert", "a head or an expert"
+    if features:
+        kinds, pages = "an embedding, a head, a routed expert or a feature", "a head, an expert or a feature"
+    text = f"Why did the model predict {token}? Each node is {kinds} at a token."
+    hint = f"Choose the node of {pages} to open its page."
     head = attribution_graph.heads_by_node(graph).get(node) if graph else None
     view = dict.fromkeys(attribution_graph.VIEW, "")
     if head is not None and {"sinks", "sink_sums"} & set(session.run.recorded):
         layer, number = map(str, head)
         address = escape(session.link("sinks", layer=layer, head=number, **view))
         hint = f"<a href='{address}'>Sink attention of layer {layer}, head {number}</a>"
+    if node in features:
+        hint = _feature_link(session, *features[node], view) or hint
     if expert is not None:
         layer, number = map(str, expert)
         address = escape(session.link("experts", layer=layer, expert=number, **view))
         hint = f"<a href='{address}'>Load, examples and effects of layer {layer}, expert {number}</a>"
-        words, model = search.vocabulary(session.run), session.registry.served_model
-        recipe = attribution_graph.ablation_recipe(graph, node, words)
-        if recipe is not None and model:
-            values = {"theme": "dark"} if session.theme == "dark" else {}
-            query = urlencode(values | {"recipe": json.dumps(recipe | {"model": model}, ensure_ascii=False)})
-            hint += (
-                f" · <a href='{escape(session.address('live', query))}'>Forbid it at this token on the page Live</a>"
-            )
-    hint = " · ".join(filter(None, [hint, _why_not_ablated(session, graph) if graph else ""]))
+    live = _live_link(session, graph, node, "Ablate" if head is not None else "Forbid") if graph else ""
+    hint = " · ".join(filter(None, [hint, live, _why_not_ablated(session, graph) if graph else ""]))
     return f"<p>{text} <span class='wb-muted'>{hint}</span></p>"

@@ -101,19 +101,25 @@ class RunRegistry:
     """The runs that a dashboard was started with, and results computed once for each state of a run.
 
     editable: labels of experts can be changed. model: from which attention patterns are computed on request; nano is
-    always at hand.
+    always at hand. autoencoders: their folders by the digest that a capture records.
 
     Raises:
         InputError: no run is named, or two runs have the same name.
     """
 
     def __init__(
-        self, paths: Sequence[str | Path], *, cache: Path | None = None, model: str = "", editable: bool = True
+        self,
+        paths: Sequence[str | Path],
+        *,
+        cache: Path | None = None,
+        model: str = "",
+        autoencoders: Mapping[str, Path] | None = None,
+        editable: bool = True,
     ) -> None:
         if not paths:
             raise InputError("no run was given: give at least one, as in `workbench dashboard RUN.zarr`")
         self._paths: dict[str, str | Path] = {}
-        self._model, self.editable = model, editable
+        self._model, self.editable, self._autoencoders = model, editable, dict(autoencoders or {})
         for path in paths:
             storage = storage_at(path)
             last = (
@@ -194,9 +200,30 @@ class RunRegistry:
         path = str(self._paths[name])
         return partial(self.jobs.attention, path, run.content_digest, self.model(name), sequence, layers)
 
-    def graph_ablation(self, name: str, graph: Path, nodes: Sequence[str]) -> Callable[[], Answer]:
-        """Return a function that asks for the measured effects of ablating nodes of a graph beside a run."""
-        return partial(self.jobs.graph_ablation, graph, self.model(name), list(nodes))
+    def graph_ablation(
+        self, name: str, graph: Path, nodes: Sequence[str], *, features: bool = False
+    ) -> Callable[[], Answer]:
+        """Return a function that asks for the measured effects of ablating nodes of a graph beside a run.
+
+        features: whether some of them are features, for which the autoencoders are needed.
+        """
+        saes = self.autoencoders if features else []
+        return partial(self.jobs.graph_ablation, graph, self.model(name), list(nodes), saes)
+
+    @property
+    def autoencoders(self) -> list[Path]:
+        """Return the folders of the autoencoders that the dashboard was started with."""
+        return list(self._autoencoders.values())
+
+    def autoencoder(self, name: str, hook: str) -> Path | None:
+        """Return the folder of the autoencoder whose features a run recorded at a hook point, if it was given."""
+        known = {lists.hook: lists.digest for lists in self.run(name).spec.features}
+        return self._autoencoders.get(known.get(hook, ""))
+
+    def feature_ablation(self, name: str, folder: Path, feature: int) -> Callable[[], Answer]:
+        """Return a function that asks for the effects of ablating a feature of the autoencoder in a folder."""
+        run, path = self.run(name), str(self._paths[name])
+        return partial(self.jobs.feature_ablation, path, run.content_digest, self.model(name), folder, feature)
 
     def automatic_feature_labels(self, name: str, quantity: str, index: int, exclude: str = "") -> list[str]:
         """Return the automatic label of each feature of a recorded quantity, see `feature_labels.automatic`."""

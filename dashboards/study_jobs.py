@@ -88,15 +88,28 @@ class StudyJobs:
         name = f"attention-{hashlib.sha256(model.encode()).hexdigest()[:8]}-{sequence}-{layers or 'all'}.npz"
         return self._state((name, digest), partial(self._attention, path, digest, model, sequence, layers, name))
 
-    def graph_ablation(self, graph: Path, model: str, nodes: Sequence[str]) -> Answer:
+    def graph_ablation(self, graph: Path, model: str, nodes: Sequence[str], saes: Sequence[Path] = ()) -> Answer:
         """Return the state of ablations of a graph's nodes, and start `workbench graph-ablation` if needed.
 
-        The dataset `ablation` has `measured` [node], and the attribute `together`, in logits.
+        The dataset `ablation` has `measured` [node], and the attribute `together`, in logits. saes: folders of the
+        autoencoders of nodes that are features.
         """
         digest = hashlib.sha256(graph.read_bytes()).hexdigest()[:32]
-        asked = hashlib.sha256("\n".join([model, *nodes]).encode()).hexdigest()[:16]
+        words = [model, *nodes, *map(str, saes)]
+        asked = hashlib.sha256("\n".join(words).encode()).hexdigest()[:16]
         name = f"graph-ablation-{asked}.json"
-        return self._state((name, digest), partial(self._graph_ablation, graph, digest, model, list(nodes), name))
+        make = partial(self._graph_ablation, graph, digest, model, list(nodes), list(saes), name)
+        return self._state((name, digest), make)
+
+    def feature_ablation(self, path: str, digest: str, model: str, folder: Path, feature: int) -> Answer:
+        """Return the state of the ablation of a feature, and start `workbench feature-ablation` if needed.
+
+        The dataset `ablation` is that of `workbench.experiments.feature_ablation.measure`. digest: of the run. folder:
+        of the autoencoder, whose digest is compared by that command.
+        """
+        asked = hashlib.sha256("\n".join([model, str(folder)]).encode()).hexdigest()[:16]
+        name = f"feature-ablation-{asked}-{feature}"
+        return self._state((name, digest), partial(self._feature_ablation, path, digest, model, folder, feature, name))
 
     def _state(self, key: tuple[str, str], make: Callable[[], dict[str, xr.Dataset]]) -> Answer:
         """Return the state of a piece of work, and start it if needed."""
@@ -189,7 +202,7 @@ class StudyJobs:
         return {"attention": attention_file.read(cached)}
 
     def _graph_ablation(
-        self, graph: Path, digest: str, model: str, nodes: list[str], name: str
+        self, graph: Path, digest: str, model: str, nodes: list[str], saes: list[Path], name: str
     ) -> dict[str, xr.Dataset]:
         cached = self._folder / f"{digest}-{_code()}" / name
         if not cached.exists():
@@ -197,6 +210,7 @@ class StudyJobs:
             with tempfile.TemporaryDirectory(dir=cached.parent) as made:
                 out = f"{made}/out.json"
                 chosen = [word for node in nodes for word in ("--node", node)]
+                chosen += [word for folder in saes for word in ("--sae", str(folder))]
                 command = ("-m", "workbench.cli", "graph-ablation", "--model", model, "--out", out, *chosen, "--")
                 self._run(*command, str(graph))
                 os.replace(out, cached)
@@ -205,6 +219,21 @@ class StudyJobs:
         values = [info["measured"][node] for node in nodes]
         together = float(info["measured_together"]["value"])
         return {"ablation": xr.Dataset({"measured": ("node", values)}, {"node": nodes}, {"together": together})}
+
+    def _feature_ablation(
+        self, path: str, digest: str, model: str, folder: Path, feature: int, name: str
+    ) -> dict[str, xr.Dataset]:
+        cached = self._folder / f"{digest}-{_code()}" / name
+        if not cached.exists():
+            cached.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+            with tempfile.TemporaryDirectory(dir=cached.parent, ignore_cleanup_errors=True) as made:
+                out = f"{made}/out"
+                options = ("--model", model, "--sae", str(folder), "--out", out)
+                self._run("-m", "workbench.cli", "feature-ablation", *options, "--", path, str(feature))
+                with suppress(FileExistsError):  # another server may have made it
+                    os.rename(out, cached)
+        os.utime(cached.parent)
+        return load(cached)["feature-ablation"]
 
 
 def cache_folder() -> Path:

@@ -1,4 +1,4 @@
-"""Edits of attention: the sink's probability, and which keys a query sees; see `workbench.hooks.interventions`.
+"""Edits of attention: sink probabilities, which keys a query sees, outputs of heads; see `hooks.interventions`.
 
 Reference: Geva et al. (arXiv 2304.14767) for knockout.
 """
@@ -6,11 +6,12 @@ Reference: Geva et al. (arXiv 2304.14767) for knockout.
 from collections.abc import Callable, Collection
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from workbench.errors import InputError
 from workbench.hooks.edits import At, Edit, Tokens, as_set
-from workbench.hooks.targets import Layers, along, among, at_layers, describe_layers
+from workbench.hooks.targets import Layers, along, among, at_layers, describe_layers, over_axes
 
 
 def remove_sinks(layers: Layers, heads: Collection[int] | None = None, tokens: Tokens = None) -> Edit:
@@ -66,6 +67,25 @@ def knockout(layers: Layers, queries: Tokens, keys: Tokens, heads: Collection[in
         return scores.masked_fill(gone, -torch.inf), tokens, gone.sum()
 
     return Edit(f"knockout in {describe_layers(layers)}", at_layers(layers, "attn.hook_attn_scores", act, heads=heads))
+
+
+def scale_heads(layers: Layers, factor: float, heads: Collection[int] | None = None, tokens: Tokens = None) -> Edit:
+    """Return an edit that multiplies the outputs of heads by `factor`; 0 ablates the heads.
+
+    It acts on `attn.hook_z`, before the output projection, whose bias remains.
+    """
+    members = as_set(tokens)
+    heads = None if heads is None else sorted(set(heads))
+
+    def act(z: Float[Tensor, "batch pos head d_head"], at: At) -> tuple[Tensor, int, Tensor]:
+        selected = at.selected(members)
+        mask = over_axes(selected, z) & along(heads, z)
+        out = torch.where(mask, z * factor, z)
+        return out, int(selected.sum()), mask.expand(*z.shape[:3], 1).sum()
+
+    which = "all heads" if heads is None else f"head{'s' if len(heads) != 1 else ''} {', '.join(map(str, heads))}"
+    description = f"{which} of {describe_layers(layers)} × {factor:g}"
+    return Edit(description, at_layers(layers, "attn.hook_z", act, heads=heads))
 
 
 def _sinks(

@@ -18,7 +18,7 @@ An expert can be taken away in several ways that are different experiments; name
 """
 
 from workbench.hooks.activations import patch, replace, resample, steer
-from workbench.hooks.attention import knockout, remove_sinks, scale_sinks, set_sinks
+from workbench.hooks.attention import knockout, remove_sinks, scale_heads, scale_sinks, set_sinks
 from workbench.hooks.edits import applied
 from workbench.hooks.experts import ablate, expert_means, forbid, force, reweight, route
 
@@ -35,6 +35,7 @@ __all__ = [
     "resample",
     "reweight",
     "route",
+    "scale_heads",
     "scale_sinks",
     "set_sinks",
     "steer",

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import workbench as wb
+from tests.capture.test_feature_lists import write_sae
 from tests.conftest import DATA
 from workbench.experiments import graph_export
 from workbench.research.recipe import Recipe
@@ -42,8 +43,9 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "prompts.jsonl").write_text("\n".join(PROMPTS[:2]) + "\n")
     (folder / "transcripts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in transcript_rows()))
     (folder / "recipe.json").write_text(Recipe(user="2+2=", max_new_tokens=2).to_json())
-    record = ["routing", "sinks", "logprobs", "resid_post:1"]
     model = wb.load("nano", dtype=torch.float32)
+    write_sae(folder / "sae", model.cfg.d_model)
+    record = ["routing", "sinks", "logprobs", "resid_post:1", f"features:{folder / 'sae'}"]
     graph_export.write_json(model, wb.experiments.graph(model, "2+2=", max_nodes=30), folder / "graph.json")
     wb.capture(model, folder / "transcripts.jsonl", folder / "run.zarr", record=record, unit_tokens=1024)
     (folder / "run.zarr.log").unlink()

@@ -31,6 +31,7 @@ BASES: dict[str, str] = {
     "finetune": "nano transcripts.jsonl --out out --steps 1 --batch 1 --rank 1",
     "graph": "nano --prompt 2+2= --out out.json --max-new-tokens 2 --at 0",
     "graph-ablation": "graph.json --model nano --out out.json --top 1",
+    "feature-ablation": "run.zarr 3 --model nano --sae sae --examples 1",
     "attention": "run.zarr 0 --model nano --out out.npz",
     "conversation": "run.zarr 0 --out out.html",
     "publish": "run.zarr --out out --conversations 0",

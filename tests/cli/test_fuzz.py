@@ -285,6 +285,7 @@ RECIPE = Recipe(
         Intervention("forbid", cells=((1, 2), (1, 3)), scope=SCOPE),
         Intervention("steer", layers=(1,), strength=2.0),
         Intervention("patch", layers=(0,), source="3+3=", source_effort="high"),
+        Intervention("scale_heads", layers=(1,), heads=(1,), strength=0.0, scope=SCOPE),
         Intervention("knockout", layers=(0, 1), heads=(0,), keys=SCOPE),
     ),
 )

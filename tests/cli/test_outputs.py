@@ -30,6 +30,7 @@ OUTPUTS: dict[tuple[str, str], str] = {
     ("finetune", "out"): "nano transcripts.jsonl --out OUT --steps 1 --batch 1 --rank 1",
     ("graph", "out"): "nano --prompt 2+2= --out OUT --max-new-tokens 4",
     ("graph-ablation", "out"): "graph.json --model nano --out OUT --top 1",
+    ("feature-ablation", "out"): "run.zarr 3 --model nano --sae sae --examples 1 --out OUT",
     ("apply", "out"): "recipe.json --prompts prompts.jsonl --controls 20 --out OUT",
     ("apply", "answers"): "recipe.json --answers OUT",
     ("attention", "out"): "run.zarr 0 --model nano --out OUT",
@@ -65,7 +66,7 @@ INPUTS = {
 }
 # outputs that are text, as they may be a URL; one run of random numbers is made where there is none
 TEXT_OUTPUTS = {("capture", "run"), ("bench reading", "run")}
-FOLDERS_OF_FILES = {("study", "out"), ("figures", "out"), ("apply", "out")}
+FOLDERS_OF_FILES = {("study", "out"), ("figures", "out"), ("apply", "out"), ("feature-ablation", "out")}
 
 
 def arguments(output: tuple[str, str], out: str) -> list[str]:

@@ -177,7 +177,12 @@ def test_an_expert_of_a_graph_is_forbidden_at_its_token_by_a_recipe_of_the_live_
     other = attribution_graph.ablation_recipe(low, "0_9_1", model.tokenizer)
     assert other is not None
     assert other["effort"] == "low", "negative control: another effort is another recipe"
-    assert attribution_graph.ablation_recipe(drawn, "1_2_1", model.tokenizer) is None, "a head"
+    head = attribution_graph.ablation_recipe(drawn, "1_2_1", model.tokenizer)
+    assert head is not None
+    one = Intervention("scale_heads", layers=(1,), heads=(2,), strength=0.0, scope=Scope(start=1, stop=2))
+    assert Recipe.from_json(json.dumps(head)).interventions == (one,)
+    embedding = next(node["id"] for node in drawn["nodes"] if node["kind"] == "embedding")
+    assert attribution_graph.ablation_recipe(drawn, embedding, model.tokenizer) is None
     assert attribution_graph.ablation_recipe(drawn, "0_9_1", None) is None
     for old, new in (("system", "developer"), ("1", "<|end|><|start|>user<|message|>1"), ("high", "high and more")):
         changed = drawn | {"tokens": [new if token == old else token for token in tokens]}

@@ -2,9 +2,11 @@
 
 import json
 import re
+import time
 from pathlib import Path
 
 import numpy as np
+import panel as pn
 import pytest
 import torch
 import xarray as xr
@@ -16,12 +18,13 @@ from tests.capture.test_feature_lists import HOOK, write_sae
 from tests.dashboards.browsing import Session as Browsing
 from tests.dashboards.browsing import serve, stop
 from workbench.cli import app
-from workbench.dashboards import feature_details, features_page
+from workbench.dashboards import feature_ablation, feature_details, features_page
 from workbench.dashboards.pages import absent_pages, made
 from workbench.dashboards.session import Session
 from workbench.dashboards.state import RunRegistry, Selection
 from workbench.errors import InputError
 from workbench.experiments import expert_logits
+from workbench.experiments.feature_ablation import measure
 from workbench.figures import feature_examples as figures
 from workbench.harmony.labels import CHANNELS
 from workbench.hooks.sae import load_sae
@@ -195,6 +198,44 @@ def test_direct_effects_are_shown_once_they_are_stored_for_the_autoencoder(liste
     assert feature_details.stored_effects(session, "sae_features", "1", 24) is None, "negative control: another layer"
     assert feature_details.stored_effects(session, HOOK, "2", 23) is None, "negative control: another autoencoder"
     session.registry.jobs.close()
+
+
+def test_a_feature_is_ablated_by_a_click_and_a_link_opens_the_results(listed: Run, tmp_path: Path) -> None:
+    folder, digest = Path(listed.path).parent / "sae", listed.spec.features[0].digest
+    registry = RunRegistry([Path(listed.path)], cache=tmp_path, autoencoders={digest: folder})
+    session = Session(registry, Selection({}), lambda: None)
+    (button,) = feature_ablation.section(session, HOOK, 9).select(pn.widgets.Button)
+    button.clicks += 1
+    assert session.choice.text("ablated") == "9"
+    ask = registry.feature_ablation(session.name, folder, 9)
+    for _ in range(1200):
+        if (answer := ask()).datasets is not None or answer.reason:
+            break
+        time.sleep(0.1)
+    assert answer.datasets is not None, answer.reason
+    (ds,) = answer.datasets.values()
+    model = wb.load("nano", dtype=torch.float32, device="cpu")
+    wanted = measure(model, load_sae(folder), listed, 9)
+    np.testing.assert_allclose(ds["change"], wanted["change"], atol=1e-4)
+    linked = feature_ablation.section(session, HOOK, 9)  # the address has the feature
+    texts = " ".join(str(pane.object) for pane in linked.select(pn.pane.HTML))
+    assert "Without the feature, at its largest activations" in [card.title for card in linked.select(pn.Card)]
+    assert "the log-probability of the next token changes by" in texts
+    assert "-0.00<" not in texts
+    assert f"{wanted['lowered_logit'].values[0, 0]:.3f}" in texts
+    other = feature_ablation.section(session, HOOK, 10)
+    assert not other.select(pn.Card), "negative control: another feature is not ablated by the link"
+    registry.jobs.close()
+
+
+def test_the_options_that_an_ablation_needs_are_named(listed: Run) -> None:
+    for given in ({}, {"0" * 16: Path("elsewhere")}):  # nothing, and another autoencoder
+        registry = RunRegistry([Path(listed.path)], autoencoders=given)
+        session = Session(registry, Selection({"ablated": "9"}), lambda: None)
+        shown = feature_ablation.section(session, HOOK, 9)
+        assert not shown.select(pn.widgets.Button)
+        assert "--model nano --sae NAME=FOLDER" in str(shown[0].object)
+        registry.jobs.close()
 
 
 @pytest.fixture(scope="module")

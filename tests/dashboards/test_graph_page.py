@@ -6,6 +6,7 @@
 import json
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,11 +15,16 @@ import torch
 from playwright.sync_api import expect
 
 import workbench as wb
+from tests.capture.test_feature_lists import write_sae
 from tests.dashboards.browsing import Session, serve, stop
 from tests.dashboards.test_attribution_graph import graph as file_without_ids
 from tests.dashboards.test_pages import graph_frame, node
+from workbench.dashboards import attribution_graph, graph_page
 from workbench.dashboards.attribution_graph import ablated_nodes, graph_data, heads_by_node
+from workbench.dashboards.session import Session as PageSession
+from workbench.dashboards.state import RunRegistry, Selection
 from workbench.experiments import graph_ablation, graph_export
+from workbench.experiments.dictionary_features import load_autoencoders
 
 playwright = pytest.importorskip("playwright.sync_api")
 
@@ -69,6 +75,48 @@ def test_a_head_is_ablated_by_a_click_and_the_link_shows_it_again(
     again = Session(browser, session.page.url)
     expect(graph_frame(again).get_by_text(f"Measured: without it at this token, the target {change}.")).to_be_visible()
     assert session.errors == session.foreign == again.errors == []
+
+
+def test_a_feature_is_ablated_with_the_autoencoder_that_the_dashboard_was_given(tmp_path: Path) -> None:
+    model = wb.load("nano", dtype=torch.float32, device="cpu")
+    sae = write_sae(tmp_path / "sae", model.cfg.d_model)
+    messages = [{"role": "user", "content": "2+3"}, {"role": "assistant", "channel": "final", "content": "5"}]
+    row = {"id": "a", "prompt_id": "a", "effort": "low", "messages": messages}
+    (tmp_path / "answers.jsonl").write_text(json.dumps(row) + "\n")
+    record = ["routing", f"features:{sae}"]
+    run = wb.capture(model, tmp_path / "answers.jsonl", tmp_path / "run.zarr", record=record)
+    saes = load_autoencoders([sae], model.device)
+    graph_export.write_json(model, wb.experiments.graph(model, "12+34=", against="7", saes=saes), tmp_path / "a.json")
+    drawn = attribution_graph.load(tmp_path / "a.json")
+    feature = next(n["id"] for n in drawn["nodes"] if n["kind"] == "feature")
+    errors = [n["label"] for n in drawn["nodes"] if n["kind"] == "error"]
+    assert "layer 2 feature error" in errors, "it is not offered for ablation"
+    digest = run.spec.features[0].digest
+    registry = RunRegistry([tmp_path / "run.zarr"], cache=tmp_path / "cache", autoencoders={digest: sae})
+    session = PageSession(registry, Selection({}), lambda: None)
+    kinds = graph_page._ablated_kinds(session, drawn)
+    assert ablated_nodes(drawn, feature, kinds) == [feature]
+    ask = registry.graph_ablation("run", tmp_path / "a.json", [feature], features=True)
+    for _ in range(1200):
+        if (answer := ask()).datasets is not None or answer.reason:
+            break
+        time.sleep(0.1)
+    assert answer.datasets is not None, answer.reason
+    content = json.loads((tmp_path / "a.json").read_text())
+    wanted = graph_ablation.measure(model, content, [feature], saes=saes).nodes["measured"]
+    assert answer.datasets["ablation"]["measured"].values == pytest.approx(wanted.to_numpy(), abs=1e-4)
+    layer, number = attribution_graph.features_by_node(drawn)[feature]
+    shown = graph_page._about_graph(session, drawn, feature)
+    assert f"feature={number}" in shown
+    assert f"Examples and effects of feature {number} in layer {layer}" in shown
+    registry.jobs.close()
+    without = RunRegistry([tmp_path / "run.zarr"], cache=tmp_path / "cache")
+    session = PageSession(without, Selection({}), lambda: None)
+    assert "feature" not in graph_page._ablated_kinds(session, drawn), "negative control: no autoencoder was given"
+    shown = graph_page._about_graph(session, drawn, feature)
+    assert "<code>--sae NAME=FOLDER</code>" in shown
+    assert "Examples and effects" not in shown
+    without.jobs.close()
 
 
 def test_a_graph_of_an_older_version_states_what_is_missing(served: str, browser: playwright.Browser) -> None:

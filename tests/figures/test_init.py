@@ -92,7 +92,7 @@ def array(values: Any) -> np.ndarray:
 
 def of_heatmap(figure: go.Figure) -> Numbers:
     """Numbers under the pointer, of points as fractions; cells shown to differ are those of the first trace."""
-    z, detail = array(figure.data[0].z), array(figure.data[0].customdata)
+    z, detail = array(figure.data[0].z), np.array(figure.data[0].customdata, dtype=object)[..., :6].astype(float)
     return {
         (i, j): (*(detail[i, j, :3] / 100), float(detail[i, j, 5]), float(np.isfinite(z[i, j])))
         for i, j in np.ndindex(z.shape)

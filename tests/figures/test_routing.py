@@ -62,6 +62,7 @@ def test_every_figure_states_what_it_shows_with_units_and_origin(datasets, theme
             assert described, f"{name}: {trace.name}"
             if trace.hovertemplate:
                 assert "<extra>" in trace.hovertemplate, name
+                assert ":+" not in trace.hovertemplate, f"{name}: plotly gives a number that rounds to 0 a sign"
 
 
 def test_figures_neither_change_nor_remember_anything(datasets):

@@ -28,6 +28,7 @@ from workbench.hooks.interventions import (
     resample,
     reweight,
     route,
+    scale_heads,
     scale_sinks,
     set_sinks,
     steer,
@@ -97,6 +98,10 @@ CHANGES: dict[str, tuple[Callable[[GptOss], Edit], Callable[[GptOss, Any], None]
     "zero a head": (
         lambda m: replace("blocks.1.attn.hook_z", 0.0, index=3),
         lambda m, b: set_(b.attn.o.weight, (slice(None), slice(3 * 16, 4 * 16)), 0.0),
+    ),
+    "scale heads": (
+        lambda m: scale_heads(1, 0.3, [2, 5]),
+        lambda m, b: b.attn.o.weight.data.view(-1, 8, 16)[:, [2, 5]].__imul__(0.3) and None,
     ),
     "steer": (
         lambda m: steer("blocks.1.hook_mlp_out", torch.ones(64), 0.5),
@@ -216,6 +221,21 @@ def test_knockout_of_some_heads_leaves_the_others(base: GptOss) -> None:
 
 
 @torch.no_grad()
+def test_scaled_heads_are_scaled_at_their_tokens_only(base: GptOss) -> None:
+    name = "blocks.1.attn.hook_z"
+    _, plain = base.run_with_cache(X, names_filter=name)
+    with applied(base, scale_heads(1, 0.5, [2, 5], tokens=[20])) as report:
+        _, cache = base.run_with_cache(X, names_filter=name)
+    ratio = cache[name] / plain[name]
+    assert (ratio[:, 20, [2, 5]] == 0.5).all()
+    assert int((ratio != 1).sum()) == 2 * 2 * 16, "negative control: other heads and tokens are as they were"
+    assert repr(report) == "[heads 2, 5 of layer 1 × 0.5: 2 tokens, 4 entries changed]"
+    with applied(base, scale_heads([0, 2], 0.0)) as report:
+        base(X)
+    assert repr(report) == f"[all heads of layers 0, 2 × 0: 120 tokens, {120 * BASE.n_heads} entries changed]"
+
+
+@torch.no_grad()
 def test_patching_the_first_residual_gives_the_other_run(base: GptOss) -> None:
     other = X.flip(1)
     want, cache = base.run_with_cache(other)
@@ -326,6 +346,7 @@ def test_what_an_edit_met_is_said(base: GptOss) -> None:
         (lambda: patch("blocks.1.hook_resid_mid", torch.ones(2, 30, 64)[:0]), "0 rows, this pass 2 sequences"),
         (lambda: resample("blocks.1.hook_resid_mid", torch.ones(3, 63)), "donors of .* do not fit"),
         (lambda: ablate(1, [2], how="mean"), "expert_means"),
+        (lambda: scale_heads(1, 0.0, [8]), r"heads \[8\]: the model has heads 0 to 7"),
         (lambda: set_sinks(1), "either a probability"),
         (lambda: set_sinks(1, probability=1.5), "from 0 to 1"),
     ],

@@ -20,7 +20,7 @@ from tests.model.conftest import BASE
 from workbench.dashboards.app import pages
 from workbench.dashboards.layout import PageTemplate
 from workbench.dashboards.state import RunRegistry
-from workbench.live.app import address_of_recipe, dashboard_page, live_page
+from workbench.live.app import address_of_recipe, dashboard_page, live_page, recipe_of_address
 from workbench.live.experiment import final_answer
 from workbench.live.expert_map import shares_by_cell
 from workbench.live.job_queue import Job, State
@@ -236,9 +236,36 @@ def test_the_usual_questions_are_the_defaults_of_cards(server: ModelServer) -> N
     shown, _ = page(server)
     shown._add_intervention("knockout")
     shown._add_intervention("patch")
-    knockout, patch = shown.recipe().interventions
+    shown._add_intervention("scale_heads")
+    knockout, patch, heads = shown.recipe().interventions
     assert (knockout.scope.channel, knockout.keys.channel) == (("final",), ("analysis",))
     assert patch.source_effort == "high"
+    assert heads.describe() == "ablate layer 2, head 0; acts on all tokens"
+
+
+def test_a_head_is_ablated_by_its_card_and_by_the_link_to_it(nano: GptOss, server: ModelServer) -> None:
+    shown, remembered = page(server)
+    shown._add_intervention("scale_heads")
+    card = shown._cards[0]
+    card._layers.value, card._heads.value = "0", "1 3"
+    shown.run()
+    finish(shown)
+    assert shown._experiment is not None
+    assert shown._experiment.edited is not None
+    changed, width = wb.load("nano", dtype=torch.float32), nano.cfg.d_head
+    weight = changed.blocks[0].attn.o.weight.detach().clone()
+    for head in (1, 3):
+        weight[:, head * width : (head + 1) * width] = 0
+    changed.blocks[0].attn.o.weight.data = weight
+    want = changed.generate([shown.recipe().prompt_ids(nano)], max_new_tokens=10)
+    assert shown._experiment.edited.rows == want
+    assert want != shown._experiment.original.rows, "negative control: without the heads the answer is another"
+    again, problem = recipe_of_address(parse_qs(address_of_recipe(remembered[0], "light"))["recipe"][0], server)
+    assert (again, problem) == (shown.recipe(), "")
+    linked, _ = page(server, again)
+    assert [card.view.title for card in linked._cards] == ["Ablate or scale heads"]
+    linked._recipe_card.show_code(recipe_python)
+    assert "scale_heads([0], 0.0, [1, 3], tokens=None)" in linked._recipe_card._copied.value
 
 
 def test_an_answer_becomes_a_turn_of_the_conversation(nano: GptOss, server: ModelServer) -> None:

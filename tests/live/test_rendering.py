@@ -107,6 +107,7 @@ EXAMPLES = {
     "force": Intervention("force", cells=((0, 3),)),
     "reweight": Intervention("reweight", cells=((1, 2),), strength=0.25),
     "scale_sinks": Intervention("scale_sinks", layers=(0, 1), heads=(1, 3), strength=2.0, scope=Scope(start=4)),
+    "scale_heads": Intervention("scale_heads", layers=(1,), heads=(0, 2), strength=0.0, scope=Scope(stop=7)),
     "steer": Intervention("steer", layers=(2,), strength=-3.0, toward="analysis", away="final"),
     "vector": Intervention("vector", layers=(1,), strength=4.0, source="happy", scope=Scope(role=("assistant",))),
     "feature": Intervention("feature", strength=2.5, source="resid", feature=3),

@@ -54,6 +54,8 @@ def lab(tmp_path: Path) -> Iterator[str]:
     ]
     extensions = Path(plotly.__file__).parents[4] / "share" / "jupyter"  # of the environment that plotly is in
     folders["JUPYTER_PATH"] = str(extensions)
+    # without the server's part of jupyter-lsp, which is enabled there, every page asks in vain for lsp/status
+    folders["JUPYTER_CONFIG_PATH"] = str(extensions.parents[1] / "etc" / "jupyter")
     environment = os.environ | folders | {"PYTHONPATH": str(NOTEBOOKS.parent), "JUPYTER_PLATFORM_DIRS": "1"}
     server = subprocess.Popen(
         command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=tmp_path
@@ -89,6 +91,8 @@ def red_outputs(page: Page) -> list[str]:
 def test_quickstart_runs_by_clicking(lab: str) -> None:
     with launched() as browser:
         page = open_page(browser, viewport={"width": 1400, "height": 5000})  # tall: cells out of sight are not drawn
+        missing: list[str] = []
+        page.on("response", lambda response: missing.append(response.url) if response.status == 404 else None)
         run_all(page, f"{lab}/quickstart.ipynb")
         assert red_outputs(page) == []
         bar = page.locator(".jp-OutputArea-output progress")
@@ -105,6 +109,9 @@ def test_quickstart_runs_by_clicking(lab: str) -> None:
         )  # a negative control: a figure of fixed width would stay
         page.wait_for_timeout(2000)
         read_until(page, lambda: page.evaluate(WIDTHS), fit(0.9))
+        assert missing == []
+        page.evaluate("fetch('/nothing').then(() => null)")  # a negative control: what is not there is noted
+        read_until(page, lambda: missing, lambda urls: len(urls) == 1)
         again = open_page(browser)
         run_all(again, f"{lab.replace('/lab/', '/lab/workspaces/other/')}/warning.ipynb")
         # a negative control: red outputs are found

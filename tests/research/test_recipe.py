@@ -15,7 +15,7 @@ import workbench as wb
 from workbench.errors import InputError
 from workbench.harmony.transcripts import Transcript
 from workbench.hooks.edits import Edit
-from workbench.hooks.interventions import applied, forbid, force, knockout, reweight, scale_sinks
+from workbench.hooks.interventions import applied, forbid, force, knockout, reweight, scale_heads, scale_sinks
 from workbench.model.transformer import GptOss
 from workbench.research.recipe import Intervention, Recipe, Scope
 from workbench.research.recipe_python import recipe_python
@@ -36,6 +36,7 @@ EVERYTHING = Recipe(
         Intervention("force", cells=((0, 3),), scope=Scope(start=4, stop=9)),
         Intervention("reweight", cells=((1, 2),), strength=0.25),
         Intervention("scale_sinks", layers=(0, 1), strength=2.0, scope=ANALYSIS),
+        Intervention("scale_heads", layers=(1,), heads=(2,), strength=0.0, scope=ANALYSIS),
         Intervention("steer", layers=(2,), strength=-3.0, toward="analysis", away="final"),
         Intervention("steer", layers=(2,), toward="high", away="low"),
         Intervention("vector", layers=(1,), source="happy", strength=2.0),
@@ -144,6 +145,10 @@ def test_interventions_compile_to_the_library_s_edits(nano: GptOss) -> None:
         "heads": (
             Intervention("scale_sinks", layers=(0, 1), heads=(0, 2), strength=0.0),
             [scale_sinks([0, 1], 0.0, [0, 2])],
+        ),
+        "scale_heads": (
+            Intervention("scale_heads", layers=(1, 2), heads=(0, 3), strength=0.0, scope=ANALYSIS),
+            [scale_heads([1, 2], 0.0, [0, 3], tokens)],
         ),
         "knockout": (Intervention("knockout", layers=(1, 3), keys=ANALYSIS), [knockout([1, 3], None, tokens)]),
     }

@@ -65,6 +65,7 @@ def test_what_has_no_random_kind_is_refused(nano: GptOss) -> None:
 
     for one, reason in (
         (Intervention("scale_sinks", layers=(1,), strength=0.0), "study sink-ablation"),
+        (Intervention("scale_heads", layers=(1,), strength=0.0), "choose heads, or --controls 0"),
         (Intervention("scale_sinks", layers=(1,), heads=(0, 1, 2, 3)), "choose fewer heads"),
         (Intervention("patch", layers=(1,), source="1+1"), "to its own prompt only"),
     ):

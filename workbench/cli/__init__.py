@@ -19,7 +19,7 @@ with interrupted_in_one_line():
     import typer
 
     from workbench.bench.command import app as bench
-    from workbench.cli import finetuning, graphs, labels, live, models, pipeline, results, sharing
+    from workbench.cli import features, finetuning, graphs, labels, live, models, pipeline, results, sharing
     from workbench.cli.control_characters import visible, visible_controls
     from workbench.errors import InputError, JobError
     from workbench.memory import end_within, lack_of_memory, refuse_small_limit
@@ -30,7 +30,7 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-for commands in (models, pipeline, results, live, graphs, labels, finetuning, sharing):
+for commands in (models, pipeline, results, live, graphs, features, labels, finetuning, sharing):
     app.registered_commands += commands.app.registered_commands
 app.add_typer(bench, name="bench")
 

@@ -16,25 +16,16 @@ from workbench.cli.options import (
     Model,
     Overwrite,
     Port,
+    Recipes,
+    Saes,
     Show,
+    Vectors,
     load_model,
 )
 from workbench.errors import InputError
 from workbench.outputs import check_files, check_output
 
 app = typer.Typer()
-Vectors = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--vector", help="NAME=FILE (.npy, .safetensors, .pt) of a vector to steer along; repeat for several."
-    ),
-]
-Saes = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--sae", help="NAME=FOLDER of a sparse autoencoder (SAELens, dictionary_learning); repeat for several."
-    ),
-]
 
 
 @app.command()
@@ -50,9 +41,7 @@ def live(
     max_seconds: Annotated[float, typer.Option(min=1, max=1e6, help="Longest time of one request.")] = 120,
     vector: Vectors = None,
     sae: Saes = None,
-    recipes: Annotated[
-        Path | None, typer.Option(help="Folder of recipes (*.json) that the page lists and viewers may save in.")
-    ] = None,
+    recipes: Recipes = None,
     adapter: Adapter = None,
     device: Device = "auto",
     dtype: Dtype = "bfloat16",

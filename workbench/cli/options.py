@@ -21,6 +21,21 @@ IgnoreField = Annotated[
     list[str] | None, typer.Option(help="Unknown field of config.json to accept; repeat for several.")
 ]
 Adapter = Annotated[Path | None, typer.Option(help="PEFT folder with a LoRA adapter for the model.")]
+Vectors = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--vector", help="NAME=FILE (.npy, .safetensors, .pt) of a vector to steer along; repeat for several."
+    ),
+]
+Saes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sae", help="NAME=FOLDER of a sparse autoencoder (SAELens, dictionary_learning); repeat for several."
+    ),
+]
+Recipes = Annotated[
+    Path | None, typer.Option(help="Folder of recipes (*.json) that the page Live lists and viewers may save in.")
+]
 Record = Annotated[
     list[str] | None,
     typer.Option(

@@ -20,9 +20,12 @@ from workbench.cli.options import (
     IgnoreField,
     Overwrite,
     Port,
+    Recipes,
     RunPath,
+    Saes,
     Seed,
     Show,
+    Vectors,
     load_model,
 )
 from workbench.cli.study_help import StudyCommand, parse_options
@@ -173,10 +176,13 @@ def dashboard(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Model that the runs were captured from, for attention patterns and the page Live. "
+            help="Model that the runs were captured from, for attention patterns, ablations and the page Live. "
             "[default: nano's patterns for its runs, no page Live]"
         ),
     ] = None,
+    vector: Vectors = None,
+    sae: Saes = None,
+    recipes: Recipes = None,
     device: Device = "auto",
     dtype: Dtype = "bfloat16",
     port: Port = 5006,
@@ -191,13 +197,25 @@ def dashboard(
     options: dict[str, Any] = {"port": port, "address": address, "show": show}
     access: dict[str, Any] = {"allow_origin": allow_origin or (), "basic_auth": basic_auth}
     if model is None:
+        given = {"--vector": vector, "--sae": sae, "--recipes": recipes}
+        if unused := [name for name, value in given.items() if value is not None]:
+            raise InputError(f"{unused[0]} is for the model of the pages: add --model, or leave {unused[0]} out")
         serve(runs, **options, **access)
         return
+    from workbench.capture.recorder import source_digest
     from workbench.live.app import dashboard_page
     from workbench.live.model_server import ModelServer
+    from workbench.live.recipe_folder import RecipeFolder
+    from workbench.research.steering_sources import read_sources
     from workbench.runs import open_run
 
-    server = ModelServer(load_model(model, device, dtype, None), model)
+    sources = read_sources(vector or (), sae or ())
+    folder = RecipeFolder(recipes) if recipes is not None else None
+    options["autoencoders"] = {
+        source_digest(sources.saes[name].encode): Path(path).absolute()
+        for name, _, path in (text.partition("=") for text in sae or ())
+    }
+    server = ModelServer(load_model(model, device, dtype, None), model, sources=sources, recipes=folder)
     server.warm_up()
     digest = server.model.checkpoint.digest
     if others := [path for path in runs if open_run(path).checkpoint["digest"] != digest]:

@@ -14,6 +14,7 @@ import plotly.graph_objects as go
 import xarray as xr
 from jaxtyping import Float, Num
 
+from workbench.figures.hover import write_signed_numbers
 from workbench.notebook import notebook_display
 
 ThemeName = Literal["light", "dark"]
@@ -166,11 +167,12 @@ def apply_theme(
     subtitle: str = "",
     height: int = 480,
 ) -> go.Figure:
-    """Give a figure its theme, its title and size, and at its foot where the numbers come from.
+    """Give a figure its theme, title and size, at its foot where the numbers come from, and texts at the pointer.
 
     source: what is drawn. Its attribute `run_digest` or `checkpoint_digest` makes the foot, or else `source`, a text;
     data without these attributes has no foot.
     """
+    write_signed_numbers(figure)
     figure.update_layout(
         template=template(theme),
         title={"text": title, "subtitle": {"text": subtitle}},

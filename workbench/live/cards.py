@@ -31,6 +31,7 @@ TITLES = {
     "force": "Force experts",
     "reweight": "Reweight experts",
     "scale_sinks": "Scale sinks",
+    "scale_heads": "Ablate or scale heads",
     "steer": "Steer along a direction",
     "vector": "Steer along a vector",
     "feature": "Steer along a feature",
@@ -38,6 +39,10 @@ TITLES = {
     "knockout": "Knock out attention",
 }
 _CHANNELS = ["prompt", "analysis", "commentary", "final", "frame"]
+# choices that do not fit beside each other go to the next line
+_WRAPPED_CSS = (
+    ".bk-input-group{flex-wrap:wrap;column-gap:5px}.bk-input-group>:not(:first-child){margin-left:0!important}"
+)
 _SAME_EFFORT = "same"
 _NARROW = 190  # pixels of a field that has others beside it
 _MAX_POSITION = 10_000_000  # no context is longer
@@ -98,17 +103,18 @@ def new_intervention(kind: str, cells: tuple[tuple[int, int], ...], n_layers: in
     if kind in CELL_KINDS and not cells:
         raise InputError("no experts are selected: click cells of the map")
     middle = n_layers // 2
-    layers = (middle,) if kind in ("steer", "vector", "patch") else tuple(range(middle + 1))
+    layers = (middle,) if kind in ("steer", "vector", "patch", "scale_heads") else tuple(range(middle + 1))
     # what is asked most: does the final answer need attention to the analysis, or this effort
     asked: dict[str, dict[str, Any]] = {
         "knockout": {"scope": Scope(channel=("final",)), "keys": Scope(channel=("analysis",))},
         "patch": {"source_effort": "low" if effort == "high" else "high"},
+        "scale_heads": {"heads": (0,), "strength": 0.0},
+        **{factor: {"strength": 0.5} for factor in ("reweight", "scale_sinks")},
     }
     return Intervention(
         kind,
         cells=cells if kind in CELL_KINDS else (),
         layers=() if kind in (*CELL_KINDS, "feature") else layers,
-        strength=0.5 if kind in FACTOR_KINDS else 1.0,
         **asked.get(kind, {}),
     )
 
@@ -118,7 +124,13 @@ class ScopeWidgets:
 
     def __init__(self, scope: Scope, what: str) -> None:
         self._channels, self._roles = (
-            pn.widgets.CheckBoxGroup(options=list(options), value=list(value), inline=True)
+            pn.widgets.CheckBoxGroup(
+                options=list(options),
+                value=list(value),
+                inline=True,
+                stylesheets=[_WRAPPED_CSS],
+                sizing_mode="stretch_width",
+            )
             for options, value in ((_CHANNELS, scope.channel), (ROLES, scope.role))
         )
         self._start, self._stop = (

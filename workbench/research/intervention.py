@@ -6,6 +6,7 @@
 | force | cells: experts that the router always chooses | – |
 | reweight | cells: experts whose gate weights are multiplied | factor |
 | scale_sinks | layers, heads: sink probabilities are multiplied | factor |
+| scale_heads | layers, heads: outputs of heads are multiplied, 0 ablates them | factor |
 | steer | layers, toward, away: adds mean(toward) − mean(away) of the stream, of channels or efforts | multiple |
 | vector | layers, source: adds a saved vector, by the name that the program was given for it | multiple |
 | feature | source, feature: adds the decoder vector of an SAE's feature, at its own hook or at layers | multiple |
@@ -25,12 +26,12 @@ from workbench.harmony.labels import CHANNELS, ROLES
 from workbench.harmony.messages import EFFORTS
 
 CELL_KINDS = ("forbid", "force", "reweight")
-HEAD_KINDS = ("scale_sinks", "knockout")
+HEAD_KINDS = ("scale_sinks", "scale_heads", "knockout")
 STEERING_KINDS = ("steer", "vector", "feature")
-FACTOR_KINDS = ("reweight", "scale_sinks")  # their strength is a factor from 0 upwards
+FACTOR_KINDS = ("reweight", "scale_sinks", "scale_heads")  # their strength is a factor from 0 upwards
 STRENGTH_KINDS = (*FACTOR_KINDS, *STEERING_KINDS)
 MAX_STRENGTH = 1e30  # activations times a larger one are not finite in float32 and bfloat16
-KINDS = (*CELL_KINDS, "scale_sinks", *STEERING_KINDS, "patch", "knockout")
+KINDS = (*CELL_KINDS, "scale_sinks", "scale_heads", *STEERING_KINDS, "patch", "knockout")
 CHANNEL_DIRECTIONS = ("analysis", "commentary", "final", "prompt")  # channels whose means a direction is made of
 DIRECTIONS = (*CHANNEL_DIRECTIONS, *EFFORTS)
 
@@ -94,11 +95,13 @@ class Intervention:
         layers = "layer " + ", ".join(map(str, self.layers)) if self.layers else "the SAE's layer"
         if self.heads:
             layers += ", head " + ", ".join(map(str, self.heads))
+        heads = layers if self.heads else f"all heads of {layers}"
         what = {
             "forbid": f"forbid {cells}",
             "force": f"force {cells}",
             "reweight": f"gates of {cells} × {self.strength:g}",
             "scale_sinks": f"sinks of {layers} × {self.strength:g}",
+            "scale_heads": f"outputs of {heads} × {self.strength:g}" if self.strength else f"ablate {heads}",
             "steer": f"steer {layers} by {self.strength:g} × ({self.toward} − {self.away})",
             "vector": f"steer {layers} by {self.strength:g} × vector {self.source!r}",
             "feature": f"steer {layers} by {self.strength:g} × feature {self.feature} of {self.source!r}",
@@ -145,7 +148,7 @@ def _check_numbers(one: Intervention) -> None:
     if not getattr(one, needed) and one.kind != "feature":  # an SAE's folder names its own hook point
         raise InputError(f"the intervention {one.kind!r} names no {needed}: add at least one")
     if one.heads and one.kind not in HEAD_KINDS:
-        raise InputError(f"the intervention {one.kind!r} has no heads: remove them, or use {' or '.join(HEAD_KINDS)}")
+        raise InputError(f"the intervention {one.kind!r} has no heads: remove them, or use {', '.join(HEAD_KINDS)}")
     if one.feature < 0:
         raise InputError(f"feature {one.feature}: features are counted from 0")
 

@@ -38,6 +38,8 @@ def edits_of(
         return _expert_edits(one, model)
     if one.kind == "scale_sinks":
         return [library.scale_sinks(one.layers, one.strength, one.heads or None, tokens)]
+    if one.kind == "scale_heads":
+        return [library.scale_heads(one.layers, one.strength, one.heads or None, tokens)]
     if one.kind == "knockout":
         return [library.knockout(one.layers, tokens, one.keys.token_set(model.tokenizer), one.heads or None)]
     if one.kind == "patch":

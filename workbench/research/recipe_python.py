@@ -99,8 +99,8 @@ def _calls(one: Intervention, recipe: Recipe) -> list[str]:
         by_layer = {n: [expert for layer, expert in one.cells if layer == n] for n in layers}
         return [f"{one.kind}({n}, {experts}{strength}, tokens={tokens})" for n, experts in by_layer.items()]
     heads = list(one.heads) if one.heads else None
-    if one.kind == "scale_sinks":
-        return [f"scale_sinks({list(one.layers)}, {one.strength!r}, {heads}, tokens={tokens})"]
+    if one.kind in ("scale_sinks", "scale_heads"):
+        return [f"{one.kind}({list(one.layers)}, {one.strength!r}, {heads}, tokens={tokens})"]
     if one.kind == "knockout":
         return [f"knockout({list(one.layers)}, {tokens}, {_token_set(one.keys)}, {heads})"]
     if one.kind == "patch":

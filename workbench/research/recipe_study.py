@@ -34,6 +34,12 @@ from workbench.research.recipe import Recipe
 from workbench.research.steering_sources import SteeringSources
 from workbench.version import version
 
+# what a refusal points to, by the kind of an intervention that acts on every head
+_STUDIES_OF_EVERY_HEAD = {
+    "scale_sinks": "use `workbench study sink-ablation`, ",
+    "knockout": "use `workbench study attention-knockout`, ",
+}
+
 
 def recipe_study(
     model: GptOss,
@@ -99,10 +105,10 @@ class _RandomInterventions:
             return self._directions(one, n, seed)
         if one.heads:
             return [self._edits(replace(one, heads=heads)) for heads in self._head_sets(one, n, seed)]
-        study = "sink-ablation" if one.kind == "scale_sinks" else "attention-knockout"
+        study = _STUDIES_OF_EVERY_HEAD.get(one.kind, "")
         raise InputError(
-            f"the intervention {one.kind!r} acts on every head, for which there are no random ones: choose heads, use "
-            f"`workbench study {study}`, or --controls 0"
+            f"the intervention {one.kind!r} acts on every head, for which there are no random ones: choose heads, "
+            f"{study}or --controls 0"
         )
 
     def _edits(self, one: Intervention) -> list[Edit]:
