@@ -13,6 +13,7 @@ import pytest
 
 from workbench.errors import InputError
 from workbench.figures import default
+from workbench.harmony.labels import CHANNELS
 from workbench.studies.label_probes import study
 from workbench.studies.probe_folds import ridge
 from workbench.studies.result import save
@@ -92,6 +93,38 @@ def test_a_label_that_the_words_tell_is_not_beyond_them() -> None:
 def test_nothing_is_beyond_the_baseline_without_a_label_in_activations() -> None:
     false = [bool((probes(Run(seed, size=0.0))["q"] <= 0.05).any()) for seed in range(2, 14)]
     assert sum(false) <= 3
+
+
+class Copies(Run):
+    """Ten texts, each of which four sequences have under ids of their own; activations depend on the text alone.
+
+    alike: whether the tokens of copies are equal. Otherwise they count as different prompts.
+    """
+
+    def __init__(self, seed: int, *, alike: bool) -> None:
+        super().__init__(seed, n_prompts=40, size=0.0)
+        rng = np.random.default_rng(seed)
+        sequence = self._block["sequence"]
+        text = sequence // 4
+        self.labels = rng.permutation(["a", "b"] * 5)[np.arange(40) // 4].tolist()
+        self._x = (self._x + 4 * rng.normal(size=(3, 10, D))[:, text]).astype(np.float32)
+        self._block["channel"] = np.full(len(sequence), CHANNELS.index("prompt"))
+        self._block["id"] = (text if alike else sequence) * 10 + self._block["position"]
+
+
+def test_copies_of_a_prompt_under_other_ids_are_in_one_fold() -> None:
+    """The label of ten texts is random. Negative control: copies that count as prompts tell each other's label."""
+    runs = [Copies(seed, alike=True) for seed in range(4)]
+    results = [probes(run, label=run.labels) for run in runs]
+    assert all("of 10 prompts" in result.attrs["rests_on"] for result in results)
+    auc = [float(result["auc"].sel(source="activation").mean()) for result in results]
+    assert np.mean(auc) < 0.7
+    shown = [bool(((r["q"] <= 0.05) & (r["beyond_words_low"] > 0)).any()) for r in results]
+    assert sum(shown) <= 1
+    control = Copies(0, alike=False)
+    leaking = probes(control, label=control.labels)
+    assert "of 40 prompts" in leaking.attrs["rests_on"]
+    assert float(leaking["auc"].sel(source="activation").mean()) > 0.95, "negative control"
 
 
 def test_sequences_are_pooled_and_labels_can_be_given() -> None:

@@ -36,6 +36,7 @@ from workbench.studies.probe_folds import (
 )
 from workbench.studies.probes import previous_ids
 from workbench.studies.result import Definition, dataset, provenance
+from workbench.studies.run_index import independent_prompts
 from workbench.studies.token_labels import Selection, selection_of
 
 STUDY = Study(
@@ -169,7 +170,7 @@ def read(
         if len(table) > max_tokens:  # no more than this, whatever the size of the run
             drawn = np.sort(np.argsort(table["drawn"].to_numpy())[:max_tokens])
             x, table = x[drawn], table.iloc[drawn].reset_index(drop=True)
-    table["prompt"] = run.sequences["prompt_id"].reindex(table["sequence"]).to_numpy()
+    table["prompt"] = independent_prompts(run)[table["sequence"].to_numpy(np.int64)]  # duplicates are one prompt
     if (n := table["label"].nunique()) < 2:
         raise InputError(f"the tokens have {n} label: a probe needs two, see run.sequences")
     if (n := table["prompt"].nunique()) < max(FOLDS, MIN_PROMPTS):
