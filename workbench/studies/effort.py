@@ -189,11 +189,15 @@ def cost(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr
     lines = []
     for effort in efforts:
         cell = result.sel(task="all", effort=effort)
-        numbers = {str(k): float(v) for k, v in cell.data_vars.items()}
+        numbers = _percent({str(k): float(v) for k, v in cell.data_vars.items()})
         graded = np.isfinite(numbers["accuracy"])
         lines.append(
-            f"{effort}: {_with_limits(numbers, 'analysis_tokens')} analysis tokens, "
-            + (f"accuracy {_with_limits(_percent(numbers), 'accuracy', ' %')}." if graded else "no answer is graded.")
+            f"{effort}: {numbers['analysis_tokens']:.1f} analysis tokens {_limits(numbers, 'analysis_tokens')}, "
+            + (
+                f"accuracy {numbers['accuracy']:.1f} % {_limits(numbers, 'accuracy')}."
+                if graded
+                else "no answer is graded."
+            )
         )
     efforts_of = table.groupby("prompt_id")["effort"].nunique()
     if lacking := int((efforts_of < len(efforts)).sum()):
@@ -206,11 +210,10 @@ def cost(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr
     return result
 
 
-def _with_limits(numbers: Mapping[str, float], name: str, unit: str = "") -> str:
-    """Return a number with its interval, or that it has none."""
-    value, low, high = (numbers[f"{name}{end}"] for end in ("", "_low", "_high"))
-    limits = f"[{low:.1f}, {high:.1f}]" if np.isfinite(low) else f"[no interval below {MIN_PROMPTS} prompts]"
-    return f"{value:.1f}{unit} {limits}"
+def _limits(numbers: Mapping[str, float], name: str) -> str:
+    """Return the interval of a number, or that it has none."""
+    low, high = (numbers[f"{name}_{end}"] for end in ("low", "high"))
+    return f"[{low:.1f}, {high:.1f}]" if np.isfinite(low) else f"[no interval below {MIN_PROMPTS} prompts]"
 
 
 def _percent(numbers: Mapping[str, float]) -> dict[str, float]:

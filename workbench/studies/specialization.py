@@ -161,7 +161,8 @@ def special(run: Run, axis: str, *, n_permutations: int = N_PERMUTATIONS, seed: 
         return None
     by = share(by)  # each prompt counts once, however long
     there = ~np.isnan(by).any((2, 3))
-    by = np.nan_to_num(by)
+    having = there.any(1)  # a prompt without a token of any label has nothing to shuffle
+    by, there = np.nan_to_num(by[having]), there[having]
     rng = np.random.default_rng(seed)
     observed = _mean(by, there)
     information, size = _information(observed), _spread(observed)
@@ -201,9 +202,9 @@ def special(run: Run, axis: str, *, n_permutations: int = N_PERMUTATIONS, seed: 
         f", most in layer {layer}: {float(result['nmi'][layer]):.1%} of the label's entropy." if known.any() else "."
     )
     if not tested:
-        having = "" if axis == "task" else f" with tokens of two {axis}s"
+        two = "" if axis == "task" else f" with tokens of two {axis}s"
         needed = f"at least {MIN_PROMPTS} are needed"
-        summary = f"Information on the {axis} cannot be tested: {count_of(exchanged, 'prompt')}{having}, and {needed}."
+        summary = f"Information on the {axis} cannot be tested: {count_of(exchanged, 'prompt')}{two}, and {needed}."
     result.attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "summary": summary}
     return result
 
