@@ -135,6 +135,18 @@ def test_sequences_are_pooled_and_labels_can_be_given() -> None:
     assert float(mean["auc"].sel(layer=PLANTED, source="activation")) > 0.95
 
 
+def test_labels_of_few_prompts_are_left_out_and_stated() -> None:
+    """Negative control: five prompts are enough for a label, and its AUC is known."""
+    labels = ["rare"] * 4 + ["few"] * 5 + ["a" if i % 2 else "b" for i in range(15)]
+    result = probes(Run(3), label=labels)
+    assert result["label"].values.tolist() == ["a", "b", "few"]
+    assert "Skipped, as fewer than 5 prompts have them: rare (4)." in result.attrs["summary"]
+    assert "200 tokens of 20 prompts" in result.attrs["rests_on"]
+    assert np.isfinite(result["auc"]).all()
+    assert "nan" not in result.attrs["summary"]
+    assert "Skipped" not in probes(Run(3)).attrs["summary"], "negative control"
+
+
 def test_ridge_is_the_same_in_both_forms() -> None:
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(30, 29)), rng.random((30, 2)) < 0.5
@@ -150,6 +162,10 @@ def test_ridge_is_the_same_in_both_forms() -> None:
         ({"label": "mood"}, "'mood' is not a label"),
         ({"hook": "hook_mlp_out"}, "'hook_mlp_out' is not in run.zarr"),
         ({"false_positives": 2.0}, "false_positives=2.0"),
+        (
+            {"label": ["a"] * 4 + ["b"] * 20},
+            r"two labels that at least 5 prompts have, got prompts of a \(4\), b \(20\)",
+        ),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:
