@@ -127,11 +127,11 @@ def test_a_head_that_attends_to_the_first_sentence_is_named_and_prompts_count_on
     monkeypatch.setattr(receiver_heads, "sentence_attention", planted)
     every = rows()
     few = [replace(row, prompt_id="one") if i < 3 else row for i, row in enumerate(every)]
-    result, each = (receiver_heads.experiment(model, r, apart=2, shuffles=20)["heads"] for r in (few, every))
+    result, ungrouped = (receiver_heads.experiment(model, r, apart=2, shuffles=20)["heads"] for r in (few, every))
     assert float(result["first"].sel(layer=2, head=1)) == 1
     assert float(result["first"].sel(layer=0).max()) < 1, "negative control"
     np.testing.assert_allclose(result["kurtosis"] - result["shuffled"], result["change"], atol=1e-12)
-    assert not np.allclose(result["kurtosis"], each["kurtosis"]), "negative control"
+    assert not np.allclose(result["kurtosis"], ungrouped["kurtosis"]), "negative control"
     assert "layer 2 head 1" in result.attrs["summary"]
     assert "most to the first sentence in 100% of analyses" in result.attrs["summary"]
 

@@ -192,7 +192,7 @@ def test_the_lens_of_transformer_lens_reads_what_ours_reads() -> None:
     assert theirs.values[:, 0, 8].tolist() != pytest.approx(streams.tolist(), abs=1e-3), "negative control"
 
 
-def test_a_mask_of_a_prompt_says_what_is_padding() -> None:
+def test_tokens_outside_the_mask_of_a_prompt_are_padding() -> None:
     model = wb.load("nano", dtype=torch.float32, device="cpu")
     tokens = model.to_tokens("7712+34=")
     mask = torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1]])

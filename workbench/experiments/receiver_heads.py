@@ -57,7 +57,7 @@ METHOD = (
 NOT_CONTROLLED = (
     "A sentence that is attended to need not decide the answer: sentence-importance measures that. A head that attends "
     "to one place, such as the first sentence of every analysis, has as much kurtosis as one that attends to a "
-    "sentence for what it says: see `first`. Windowed layers see "
+    "sentence for its meaning: see `first`. Windowed layers see "
     "only near tokens, so that their far rows are ties."
 )
 

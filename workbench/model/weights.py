@@ -189,7 +189,7 @@ class ModelWeights:
     tl_parameters = get_params
 
     def tl_named_parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """Return an iterator over the names and weights of `get_params`."""
+        """Return an iterator over the names and weights of `get_params`, as W_Q [head d_model d_head]."""
         return iter(self.get_params().items())
 
     @property

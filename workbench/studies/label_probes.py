@@ -174,15 +174,15 @@ def read(
     table["prompt"] = independent_prompts(run)[table["sequence"].to_numpy(np.int64)]  # duplicates are one prompt
     if (n := table["label"].nunique()) < 2:
         raise InputError(f"the tokens have {n} label: a probe needs two, see run.sequences")
-    counts = table.groupby("label")["prompt"].nunique().to_dict()
-    rare = {str(label): int(n) for label, n in counts.items() if n < FOLDS}
+    prompts_of = table.groupby("label")["prompt"].nunique().to_dict()
+    rare = {str(label): int(n) for label, n in prompts_of.items() if n < FOLDS}
     if rare:  # no fold would be fitted and scored with them
         used = ~table["label"].isin(rare).to_numpy()
         x, table = x[used], table[used].reset_index(drop=True)
     table.attrs["rare"] = rare
-    if len(counts) - len(rare) < 2:
-        named = ", ".join(f"{label} ({n})" for label, n in counts.items())
-        raise InputError(f"a probe needs two labels that at least {FOLDS} prompts have, got prompts of {named:.200}")
+    if len(prompts_of) - len(rare) < 2:
+        listed = ", ".join(f"{label} ({n})" for label, n in prompts_of.items())
+        raise InputError(f"a probe needs two labels that at least {FOLDS} prompts have, got prompts of {listed:.200}")
     if (n := table["prompt"].nunique()) < max(FOLDS, MIN_PROMPTS):
         raise InputError(
             f"{count_of(n, 'prompt has', 'prompts have')} these labels: a probe needs "
