@@ -158,13 +158,13 @@ class Positions:
         return np.isin(np.arange(n), [i % n for i in self._which if -n <= i < n])
 
 
-_EVERY_TOKEN = Positions(slice(None))  # one object, so that a pass asks it once for all edits
+EVERY_TOKEN = Positions(slice(None))  # one object, by which a pass recognises it and reads no token
 
 
 def as_set(tokens: Tokens) -> TokenSet:
     """Return a token set from any form in which tokens can be given."""
     if tokens is None:
-        return _EVERY_TOKEN
+        return EVERY_TOKEN
     if isinstance(tokens, slice | Sequence):
         return Positions(tokens)
     return tokens

@@ -1,6 +1,7 @@
 """Where edits act: layers, heads, experts and hook points by number or name, checked against the model they meet."""
 
 import difflib
+import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -114,8 +115,14 @@ def listed(points: str | Collection[str]) -> str:
 
 
 def among(which: Sequence[int], like: Shaped[Tensor, "*any n"]) -> Bool[Tensor, " n"]:
-    """Return a mask of these entries of the last axis."""
-    return torch.isin(torch.arange(like.shape[-1], device=like.device), torch.tensor(which, device=like.device))
+    """Return a mask of these entries of the last axis. It is shared: callers must not change it."""
+    return _mask(tuple(which), like.shape[-1], like.device)
+
+
+@functools.lru_cache(256)  # an edit asks at every layer and step
+def _mask(which: tuple[int, ...], n: int, device: torch.device) -> Bool[Tensor, " n"]:
+    with torch.inference_mode(False):  # a mask that is made during inference has to serve a training step later
+        return torch.isin(torch.arange(n, device=device), torch.tensor(which, device=device))
 
 
 def along(index: int | Collection[int] | None, x: Shaped[Tensor, "batch pos *feature"]) -> Bool[Tensor, "*any"]:

@@ -1,5 +1,6 @@
 """The CPU benchmark runs whole, on a small model, and states what it measured."""
 
+import statistics
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from workbench.bench import cpu, decode
-from workbench.bench.worker import Worker
+from workbench.bench.worker import Worker, overheads
 from workbench.errors import JobError
 from workbench.kernels import cpu as kernels
 from workbench.model import load
@@ -39,13 +40,27 @@ def test_every_model_is_timed_at_every_length(checkpoint: Path, capsys: pytest.C
 
 
 def test_a_slow_minute_of_both_does_not_change_their_ratio() -> None:
-    seconds = {("workbench", "plain", 50): [1.0, 10.0, 1.0], ("workbench", "recorded", 50): [1.1, 11.0, 1.2]}
-    seconds["transformers", "plain", 50] = [2.0, 20.0, 3.0]
+    seconds = {("workbench", 50): [1.0, 10.0, 1.0], ("transformers", 50): [2.0, 20.0, 3.0]}
     memory = {("workbench", 50): 1e9, ("transformers", 50): 2e9}
-    row = cpu._compare(50, seconds, memory, ["transformers"])
+    row = cpu._compare(50, seconds, [1.1, 0.9, 1.3], memory, ["transformers"])
     assert row["speed_beside_transformers"] == 2
     assert row["recording"] == pytest.approx(0.1)
     assert row["transformers_s"] / row["workbench_s"] == 3, "negative control: the ratio of the medians"
+
+
+def test_a_machine_that_becomes_slower_does_not_change_what_hooks_cost() -> None:
+    passes: list[str] = []
+
+    def run(path: str) -> float:
+        passes.append(path)
+        return {"plain": 1.0, "recorded": 1.05, "edited": 1.1}[path] * 1.02 ** len(passes)
+
+    ratios = overheads(run, ("recorded", "edited"), 8)
+    assert statistics.median(ratios["recorded"]) == pytest.approx(1.05, abs=0.001)
+    assert statistics.median(ratios["edited"]) == pytest.approx(1.1, abs=0.002)
+    assert {passes.count(path) for path in ("plain", "recorded", "edited")} == {8}
+    always_last = statistics.median(r for turn, r in enumerate(ratios["edited"]) if turn % 2)
+    assert always_last == pytest.approx(1.1 * 1.02**2), "negative control: an order that never changes"
 
 
 def test_decoding_is_timed_beside_every_baseline(
@@ -84,7 +99,10 @@ def test_a_decoder_continues_the_same_prompt_in_every_row(checkpoint: Path) -> N
     with torch.no_grad():
         for _ in range(2):
             decoder(torch.tensor([[3, 5]]), 150)
-        complete = model(torch.cat([torch.arange(150), torch.tensor([5] * decode.STEPS)]))[0, -1]
+        new = [int(step[1]) for step in decode.steps(torch.tensor([[3, 5]]), model.cfg.d_vocab)]
+        complete = model(torch.cat([torch.arange(150), torch.tensor(new)]))[0, -1]
+    assert new[0] == 5
+    assert len(set(new)) == decode.STEPS, "a step that repeats a token finds its experts in the processor's cache"
     assert len(seen) == 2 * decode.STEPS
     last = seen[decode.STEPS - 1]
     assert torch.equal(last, seen[-1])

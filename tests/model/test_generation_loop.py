@@ -13,7 +13,7 @@ from tests.model.test_generate import PROMPTS
 from workbench.errors import InputError
 from workbench.hooks.interventions import applied, forbid
 from workbench.hooks.recorders import SequenceRecorder
-from workbench.model.generation_loop import GenerationStep
+from workbench.model.generation_loop import GenerationSpeed, GenerationStep
 from workbench.model.prompt_cache import PromptCache
 from workbench.model.transformer import GptOss
 
@@ -219,3 +219,22 @@ def test_misuse_of_a_prompt_cache_is_refused(base: GptOss) -> None:
     base.generate([PROMPTS[0]], prompt_cache=cache, max_new_tokens=1)
     with pytest.raises(InputError, match="samples 0"):
         base.generate_stream([PROMPTS[0]], samples=0)  # at once, before the first step
+
+
+def timed(index: int, tokens: int, elapsed_s: float) -> GenerationStep:
+    return GenerationStep(index, list(range(tokens)), [1] * tokens, [], [False] * tokens, elapsed_s, 0)
+
+
+def test_the_speed_with_prompts_and_without_them() -> None:
+    speed = GenerationSpeed()
+    assert str(speed) == "0.0 tokens/s, first token after 0.00 s"
+    speed.add(timed(0, 2, 3.0))
+    assert str(speed) == "0.7 tokens/s, first token after 3.00 s", "nothing follows a first token yet"
+    for index in (1, 2):
+        speed.add(timed(index, 2, 3.0 + index))
+    assert (speed.tokens_per_s, speed.decoding_tokens_per_s, speed.first_token_s) == (6 / 5, 2.0, 3.0)
+    for index in range(5):  # another generation, of one row, whose clock begins again
+        speed.add(timed(index, 1, 1.0 + index))
+    assert (speed.tokens, speed.elapsed_s, speed.first_token_s) == (11, 10.0, 2.0)
+    assert speed.decoding_tokens_per_s == 8 / 6, "without the 2 + 1 first tokens and their 3 + 1 seconds"
+    assert str(speed) == "1.1 tokens/s, first token after 2.00 s, then 1.3 tokens/s"

@@ -1,11 +1,13 @@
 """Every pass has the sequence and position of its tokens, and recorders and token sets build on it."""
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor
 
 import workbench as wb
 from tests.model.conftest import BASE, random_model
+from workbench.hooks.edits import as_set
 from workbench.hooks.recorders import SequenceRecorder
 from workbench.model.cache import KVCache
 from workbench.model.pass_context import PassContext
@@ -51,6 +53,25 @@ def test_steps_know_what_came_before_them() -> None:
     assert mask.tolist() == [[False], [True]]
     assert where.sequence.tolist() == [[1], [2]]
     assert where.key_mask(odd).tolist() == [[False, True, True, False], [False, True, False, False]]
+
+
+def test_every_token_is_selected_without_a_look_at_those_before() -> None:
+    def everything(ids: np.ndarray) -> np.ndarray:
+        return np.ones(len(ids), dtype=bool)
+
+    cache = KVCache(BASE, 2, 9, dtype=torch.float32, device=torch.device("cpu"))
+    tokens = torch.tensor([[1, 3, 9], [5, 9, 9]])
+    padded = PassContext(BASE, tokens, cache, n_real=[2, 1])
+    packed = PassContext(BASE, tokens[:1], packed=[2, 0, 1])
+    for where in (padded, packed, padded.at(torch.tensor([[1], [1]]))):
+        assert where.mask(as_set(None)).tolist() == where.mask(everything).tolist()
+    assert padded.mask(as_set(None)).tolist() == [[True, True, False], [True, False, False]], "padding is not selected"
+    cache.advance(3)
+    step = PassContext(BASE, torch.tensor([[11], [12]]), cache)
+    step._streams = None  # type: ignore[assignment,method-assign]  # asking for the sequences fails
+    assert step.mask(as_set(None)).tolist() == [[True], [True]]
+    with pytest.raises(TypeError):
+        step.mask(everything)  # a negative control: another set of tokens has to read them
 
 
 def replayed(model: GptOss, ids: list[int]) -> dict[str, Tensor]:

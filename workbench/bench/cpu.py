@@ -14,16 +14,17 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from workbench.bench.decode import CONTEXTS, STEPS, Decoder
+from workbench.bench.decode import CONTEXTS, STEPS, Decoder, steps
 from workbench.bench.decode import run as run_decode
 from workbench.bench.table import processor
-from workbench.bench.worker import Worker
+from workbench.bench.worker import Worker, overheads
 from workbench.counting import signed
 from workbench.model.config import PUBLISHED
 from workbench.model.export import save_random
@@ -38,18 +39,22 @@ def measure(
 ) -> dict[str, Any]:
     """Measure every model at every length in turn, `rounds` times after one unmeasured pass; medians and ratios."""
     names = ["workbench", *baselines]
-    passes = [(name, path) for name in names for path in (("plain", "recorded") if name == "workbench" else ("plain",))]
-    seconds: dict[tuple[str, str, int], list[float]] = {}
+    seconds: dict[tuple[str, int], list[float]] = {}
+    slower: dict[int, list[float]] = {}
     memory: dict[tuple[str, int], float] = {}
-    with ExitStack() as stack, progress("bench cpu", len(tokens) * (rounds + 1) * len(passes), "passes") as advance:
+    total = len(tokens) * ((rounds + 1) * len(names) + rounds)
+    with ExitStack() as stack, progress("bench cpu", total, "passes") as advance:
         workers = {name: stack.enter_context(Worker(name, checkpoint, threads)) for name in names}
         for n in sorted(tokens):
             for turn in range(rounds + 1):
-                for name, path in passes if turn % 2 else passes[::-1]:
-                    answer = workers[name].run(path, n)
-                    memory[name, n] = answer["peak_bytes"]
+                for name in names if turn % 2 else names[::-1]:
+                    took = _pass(workers[name], n, memory, "plain")
                     if turn:
-                        seconds.setdefault((name, path, n), []).append(answer["seconds"])
+                        seconds.setdefault((name, n), []).append(took)
+                    advance(1)
+                if turn:
+                    run = partial(_pass, workers["workbench"], n, memory)
+                    slower.setdefault(n, []).extend(overheads(run, ("recorded",), _pairs(n))["recorded"])
                     advance(1)
     return {
         "threads": threads,
@@ -57,25 +62,38 @@ def measure(
         "processor": processor(),
         "torch": torch.__version__,
         "load_s": {name: worker.load_s for name, worker in workers.items()},
-        "lengths": [_compare(n, seconds, memory, baselines) for n in sorted(tokens)],
+        "lengths": [_compare(n, seconds, slower[n], memory, baselines) for n in sorted(tokens)],
     }
+
+
+def _pairs(n: int) -> int:
+    """Return how many pairs of passes of `n` tokens measure what recording costs, in one round."""
+    return max(1, 2560 // n)
+
+
+def _pass(worker: Worker, n: int, memory: dict[tuple[str, int], float], path: str) -> float:
+    """Return the seconds of a pass of `n` tokens, and note its memory."""
+    answer = worker.run(path, n)
+    memory[worker.name, n] = answer["peak_bytes"]
+    return answer["seconds"]
 
 
 def _compare(
     n: int,
-    seconds: dict[tuple[str, str, int], list[float]],
+    seconds: dict[tuple[str, int], list[float]],
+    slower: list[float],
     memory: dict[tuple[str, int], float],
     baselines: Sequence[str],
 ) -> dict[str, Any]:
-    ours = seconds["workbench", "plain", n]
+    ours = seconds["workbench", n]
     row: dict[str, Any] = {
         "tokens": n,
         "workbench_s": statistics.median(ours),
         "workbench_bytes": memory["workbench", n],
     }
-    row["recording"] = statistics.median(_ratios(seconds["workbench", "recorded", n], ours)) - 1
+    row["recording"] = statistics.median(slower) - 1
     for baseline in baselines:
-        theirs = seconds[baseline, "plain", n]
+        theirs = seconds[baseline, n]
         row |= {f"{baseline}_s": statistics.median(theirs), f"{baseline}_bytes": memory[baseline, n]}
         row[f"speed_beside_{baseline}"] = statistics.median(_ratios(theirs, ours))
     return row
@@ -203,8 +221,8 @@ def _transformers(checkpoint: str) -> tuple[float, dict[str, Forward]]:
             prompt = torch.arange(context)[None] % model.config.vocab_size
             caches[key] = model(prompt, use_cache=True, logits_to_keep=1).past_key_values
             caches[key].batch_repeat_interleave(tokens.shape[1])  # its attention to eight prompts takes 17 GB
-        for _ in range(STEPS):
-            model(tokens.mT, past_key_values=caches[key])
+        for new in steps(tokens, model.config.vocab_size):
+            model(new, past_key_values=caches[key])
 
     return load_s, {"plain": model, "decode": decode}
 
@@ -224,8 +242,8 @@ def _llama_cpp(path: str) -> tuple[float, dict[str, Forward]]:
             model.reset()
             model.eval([n % CFG.d_vocab for n in range(context)])
             length = context
-        for _ in range(STEPS):
-            model.eval(tokens[0].tolist())
+        for new in steps(tokens, CFG.d_vocab):
+            model.eval(new[:, 0].tolist())
 
     return load_s, {"decode": decode}
 

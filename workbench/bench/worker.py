@@ -3,13 +3,27 @@
 import json
 import os
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from workbench.child_processes import python
 from workbench.errors import JobError
+
+
+def overheads(run: Callable[[str], float], paths: Sequence[str], pairs: int) -> dict[str, list[float]]:
+    """Return, for each path, ratios of its seconds and those of the path "plain" that ran just before or after.
+
+    run: runs a path and returns its seconds. Ratios near 1 need many `pairs`: a slow second touches both of a pair.
+    """
+    every = ("plain", *paths)
+    ratios: dict[str, list[float]] = {path: [] for path in paths}
+    for turn in range(pairs):
+        seconds = {path: run(path) for path in (every if turn % 2 else every[::-1])}
+        for path in paths:
+            ratios[path].append(seconds[path] / seconds["plain"])
+    return ratios
 
 
 class Worker:

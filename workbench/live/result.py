@@ -75,6 +75,7 @@ def _answer(experiment: Experiment, answer: Answer) -> dict[str, Any]:
         "logprobs": answer.logprobs,
         "first_token_s": answer.speed.first_token_s,
         "tokens_per_s": answer.speed.tokens_per_s,
+        "decoding_tokens_per_s": answer.speed.decoding_tokens_per_s,
     }
 
 

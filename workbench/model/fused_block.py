@@ -289,9 +289,9 @@ def _attention_points(block: Any, x: Tensor) -> Iterable[_InnerPoint]:
     def sink(step: Any) -> bool:
         before = step.value("sink")[:, None]
         p = block.attn.hook_sink(before.clone())
-        changed = p != before
-        if not bool(changed.any()):
+        if _same(p, before):
             return False
+        changed = p != before
         z = attend.shrink(step.value("weighted")[:, None].to(x.dtype), p)
         step.set("z", torch.where(changed[..., None], z.float(), step.value("z")[:, None]))
         return True

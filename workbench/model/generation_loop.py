@@ -49,10 +49,14 @@ class GenerationStep:
 
 @dataclass
 class GenerationSpeed:
-    """New tokens a second, and the mean time to the first token, over one or several generations."""
+    """New tokens a second, and the mean time to the first token, over one or several generations.
+
+    `tokens_per_s` includes the time in which prompts are read, `decoding_tokens_per_s` begins after the first token.
+    """
 
     tokens: int = 0
-    first_token_s: float = 0.0
+    _first_tokens: int = 0  # of every row, one
+    _first_s: float = 0.0
     _generations: int = 0
     _ended_s: float = 0.0  # of generations before the present one
     _present_s: float = 0.0
@@ -61,7 +65,7 @@ class GenerationSpeed:
         """Count the tokens of a step."""
         if step.index == 0:
             self._ended_s, self._generations = self.elapsed_s, self._generations + 1
-            self.first_token_s += (step.elapsed_s - self.first_token_s) / self._generations
+            self._first_s, self._first_tokens = self._first_s + step.elapsed_s, self._first_tokens + len(step.tokens)
         self.tokens, self._present_s = self.tokens + len(step.tokens), step.elapsed_s
 
     @property
@@ -70,12 +74,25 @@ class GenerationSpeed:
         return self._ended_s + self._present_s
 
     @property
+    def first_token_s(self) -> float:
+        """Return the mean seconds to the first token of a generation; 0 before the first."""
+        return self._first_s / self._generations if self._generations else 0.0
+
+    @property
     def tokens_per_s(self) -> float:
-        """Return new tokens a second; 0 before the first."""
+        """Return new tokens a second, prompts included; 0 before the first."""
         return self.tokens / self.elapsed_s if self.elapsed_s else 0.0
 
+    @property
+    def decoding_tokens_per_s(self) -> float | None:
+        """Return new tokens a second after the first token of each generation; None if there were no others."""
+        seconds = self.elapsed_s - self._first_s
+        return (self.tokens - self._first_tokens) / seconds if seconds > 0 else None
+
     def __str__(self) -> str:
-        return f"{self.tokens_per_s:,.1f} tokens/s, first token after {self.first_token_s:.2f} s"
+        decoding = self.decoding_tokens_per_s
+        then = "" if decoding is None else f", then {decoding:,.1f} tokens/s"
+        return f"{self.tokens_per_s:,.1f} tokens/s, first token after {self.first_token_s:.2f} s{then}"
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from workbench.errors import InputError
+from workbench.hooks.edits import EVERY_TOKEN
 from workbench.kernels import attention as attend
 from workbench.model.cache import CachedKeys, KVCache, by_position
 from workbench.model.config import Config
@@ -123,6 +124,8 @@ class PassContext:
         return self._masks[members].clone()
 
     def _mask(self, members: TokenSet) -> Bool[Tensor, "batch pos"]:
+        if members is EVERY_TOKEN:
+            return self.sequence >= 0
         inside = self._members(members)
         begins, end = torch.zeros(max(inside, default=0) + 1, dtype=torch.long), 0
         for sequence, part in inside.items():
