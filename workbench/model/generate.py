@@ -41,6 +41,10 @@ _OTHER_WAYS = {
 }
 
 
+class UnknownOptionError(InputError, TypeError):
+    """An option that a function does not have."""
+
+
 def prepare(
     model: Any,
     prompts: Any,
@@ -187,13 +191,13 @@ def _check_options(function: str, options: Collection[str]) -> None:
     """Refuse an option that there is not, and name what does the same.
 
     Raises:
-        InputError: an option is unknown.
+        UnknownOptionError: an option is unknown.
     """
     known = [name for name, p in inspect.signature(prepare).parameters.items() if p.kind is p.KEYWORD_ONLY]
     for name in options:
         if name not in known:
             way = _OTHER_WAYS.get(name) or f"use {', '.join(known)}"
-            raise InputError(f"{function} has no option {name!r}: {way}")
+            raise UnknownOptionError(f"{function} has no option {name!r}: {way}")
 
 
 def _stops(
