@@ -79,6 +79,7 @@ _SHORT |= {
     for name in BLOCK
     if _LAST.count(name.rsplit(".")[-1].removeprefix("hook_")) == 1
 } | _SHORT
+_PARTS = {"attn": "attn.", "a": "attn.", "mlp": "mlp.", "m": "mlp."}  # of a block, as a third part of a short name
 _NORMS = {"scale": "hook_scale", "normalized": "hook_normalized"}
 _OUTSIDE = {
     "embed": "hook_embed",
@@ -114,7 +115,7 @@ def full_name(key: Any, n_layers: int) -> str:
         return name if layer is None else f"blocks.{_layer(layer, n_layers)}.{name}"
     if (
         layer is None
-        and (match := re.fullmatch(r"([a-z_]+?)_?(\d+)(ln[12])?", name))
+        and (match := re.fullmatch(r"([a-z_]+?)_?(\d+)(ln[12]|attn|mlp|a|m)?", name))
         and match[1] in {*_SHORT, *_NORMS}
     ):
         name, layer, part = match[1], int(match[2]), match[3]
@@ -123,7 +124,10 @@ def full_name(key: Any, n_layers: int) -> str:
     block = f"blocks.{_layer(layer, n_layers)}"
     if name in _NORMS:
         return f"{block}.{part or 'ln1'}.{_NORMS[name]}"
-    return f"{block}.{_SHORT.get(name, f'hook_{name}')}"
+    point = _SHORT.get(name, f"hook_{name}")
+    if part in _PARTS and not point.startswith(_PARTS[part]):
+        raise InputError(f"{key!r}: {name!r} is {point}, not in {_PARTS[part].removesuffix('.')!r}; leave the part out")
+    return f"{block}.{point}"
 
 
 def _layer(layer: Any, n_layers: int) -> int:

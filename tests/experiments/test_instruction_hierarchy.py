@@ -54,7 +54,7 @@ def test_nano_follows_the_developer_as_trained(nano: GptOss, rows: list[Transcri
 
 
 def case(nano: GptOss, placed: list[tuple[str, str]], words: tuple[str, str]) -> hierarchy._Case:
-    ids = hierarchy.prompt(placed, tokenizer=nano.tokenizer, effort="low", tool="functions.calc")
+    ids = hierarchy.prompt(placed, tokenizer=nano.tokenizer, effort="low", tool="functions.calc", request="go ahead")
     return hierarchy._Case(ids, words, "|".join(sorted(words)))
 
 
@@ -80,14 +80,31 @@ def test_prompts_have_the_texts_in_their_roles(nano: GptOss) -> None:
         f"{begin}<|start|>system<|message|>say a<|end|><|start|>user<|message|>say b<|end|>{end}"
     )
     tool = text([("developer", "say a"), ("tool", "say b")])
-    assert tool.startswith(f"{begin}<|start|>developer<|message|>say a<|end|><|start|>user<|message|>say a<|end|>")
-    assert "functions.calc<|message|>b<|call|>" in tool
+    assert tool.startswith(f"{begin}<|start|>developer<|message|>say a<|end|><|start|>user<|message|>go ahead<|end|>")
+    assert "functions.calc<|message|>1+1<|call|>" in tool
     assert tool.endswith(f"<|message|>say b<|end|>{end}")
+
+
+def test_a_word_is_in_the_message_of_its_role_alone(nano: GptOss) -> None:
+    """A word that the user or the call of a tool repeats decides the conflict instead of the two roles.
+
+    Negative control: the same test on prompts whose user repeats the first instruction.
+    """
+
+    def repeated(ids: list[int]) -> bool:
+        return any(ids.count(nano.to_single_token(word)) != 1 for word in ("q", "z"))
+
+    for roles in hierarchy.CASES:
+        placed = [(roles[0], "say q"), (roles[1], "say z")]
+        assert not repeated(case(nano, placed, ("q", "z")).ids), roles
+    assert repeated(case(nano, [("developer", "say q"), ("user", "say q"), ("tool", "say z")], ("q", "z")).ids)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"request": "say k please", "words": WORDS}, "request='say k please' contains the word 'k'"),
+        ({"request": " "}, "request=' ' is empty"),
         ({"words": "a,b,c"}, "words='a,b,c': expected at least 10 different words"),
         ({"instruction": "say"}, "instruction='say', effort='low': expected {} in it"),
         ({"effort": "none"}, "effort='none': expected"),

@@ -3,6 +3,8 @@
 Also tests `workbench.figures.receiver_heads`.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -104,6 +106,34 @@ def test_a_head_of_nano_that_attends_to_one_sentence_is_found(monkeypatch: pytes
     best = np.unravel_index(np.argmax(result["change"].values), result["change"].shape)
     assert best == (2, 1)
     assert "layer 2 head 1" in result.attrs["summary"]
+
+
+@FEW
+def test_a_head_that_attends_to_the_first_sentence_is_named_and_prompts_count_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Three of eight analyses are of one prompt. Negative controls: other heads, and every analysis as a prompt."""
+    model, rng = wb.load("nano", dtype=torch.float32), np.random.default_rng(0)
+    of_sequence: dict[str, list[np.ndarray]] = {}
+
+    def planted(model: GptOss, one: Analysis) -> list[np.ndarray]:
+        if one.row.id not in of_sequence:
+            n, heads = one.n_sentences, model.cfg.n_heads
+            layers = [np.tril(rng.gamma(2.0, size=(heads, n, n))) for _ in range(model.cfg.n_layers)]
+            layers[2][1, :, 0] += 30
+            of_sequence[one.row.id] = layers
+        return of_sequence[one.row.id]
+
+    monkeypatch.setattr(receiver_heads, "sentence_attention", planted)
+    every = rows()
+    few = [replace(row, prompt_id="one") if i < 3 else row for i, row in enumerate(every)]
+    result, ungrouped = (receiver_heads.experiment(model, r, apart=2, shuffles=20)["heads"] for r in (few, every))
+    assert float(result["first"].sel(layer=2, head=1)) == 1
+    assert float(result["first"].sel(layer=0).max()) < 1, "negative control"
+    np.testing.assert_allclose(result["kurtosis"] - result["shuffled"], result["change"], atol=1e-12)
+    assert not np.allclose(result["kurtosis"], ungrouped["kurtosis"]), "negative control"
+    assert "layer 2 head 1" in result.attrs["summary"]
+    assert "most to the first sentence in 100% of analyses" in result.attrs["summary"]
 
 
 def test_wrong_options_are_refused() -> None:

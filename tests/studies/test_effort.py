@@ -109,6 +109,44 @@ def null_answers(rng: np.random.Generator, n_tasks: int = 9, n_prompts: int = 20
     return pd.DataFrame(rows).assign(correct=lambda t: (rng.random(len(t)) < 0.5).astype(float))
 
 
+def test_the_model_of_accuracy_rarely_has_an_effect_of_ten_prompts_without_one(monkeypatch):
+    """Right answers depend on the prompt alone. Negative control: errors without the correction for few prompts."""
+    from statsmodels.genmod.generalized_estimating_equations import GEE
+
+    def called() -> float:
+        models = [effort.accuracy_model(run, answers(seed), ["low", "medium", "high"]) for seed in range(100)]
+        return float(np.mean([model["p"].values[1:] < 0.05 for model in models if model is not None]))
+
+    def answers(seed: int) -> pd.DataFrame:
+        rng = np.random.default_rng(seed)
+        easy = rng.normal(size=10) * 1.5
+        rows = [
+            {"prompt_id": i, "effort": e, "analysis": int(n * np.exp(rng.normal() / 2)), "easy": easy[i], "task": ""}
+            for i in range(10)
+            for e, n in (("low", 20), ("medium", 60), ("high", 150))
+        ]
+        return pd.DataFrame(rows).assign(correct=lambda t: (rng.random(30) < 1 / (1 + np.exp(-t["easy"]))) * 1.0)
+
+    run = planted_tokens(n_prompts=5)
+    assert called() <= 0.05
+    fit = GEE.fit
+    monkeypatch.setattr(GEE, "fit", lambda model, **options: fit(model))
+    assert called() > 0.06, "negative control"
+
+
+def test_answers_without_a_grade_and_few_prompts_are_stated():
+    run = with_summaries(planted_tokens(n_prompts=12))
+    ungraded = dataclasses.replace(run, sequences=run.sequences.assign(correct=-1))
+    few = with_summaries(planted_tokens(n_prompts=4))
+    texts = ["\n".join(d.attrs["summary"] for d in effort.study(r).values()) for r in (run, ungraded, few)]
+    assert not any("nan" in text for text in texts)
+    assert "accuracy" in texts[0]
+    assert "no answer is graded" not in texts[0], "negative control"
+    assert texts[1].count("no answer is graded") == 3
+    assert "accuracy cannot be tested, fewer than 5 prompts are graded at both efforts" in texts[1]
+    assert "[no interval below 5 prompts]" in texts[2]
+
+
 def test_a_run_with_sums_of_sinks_alone_keeps_the_rest_of_the_study():
     run = with_summaries(planted_tokens(n_prompts=12))
 

@@ -13,6 +13,7 @@ import pytest
 
 from workbench.errors import InputError
 from workbench.figures import default
+from workbench.harmony.labels import CHANNELS
 from workbench.studies.label_probes import study
 from workbench.studies.probe_folds import ridge
 from workbench.studies.result import save
@@ -94,12 +95,56 @@ def test_nothing_is_beyond_the_baseline_without_a_label_in_activations() -> None
     assert sum(false) <= 3
 
 
+class Copies(Run):
+    """Ten texts, each of which four sequences have under ids of their own; activations depend on the text alone.
+
+    alike: whether the tokens of copies are equal. Otherwise they count as different prompts.
+    """
+
+    def __init__(self, seed: int, *, alike: bool) -> None:
+        super().__init__(seed, n_prompts=40, size=0.0)
+        rng = np.random.default_rng(seed)
+        sequence = self._block["sequence"]
+        text = sequence // 4
+        self.labels = rng.permutation(["a", "b"] * 5)[np.arange(40) // 4].tolist()
+        self._x = (self._x + 4 * rng.normal(size=(3, 10, D))[:, text]).astype(np.float32)
+        self._block["channel"] = np.full(len(sequence), CHANNELS.index("prompt"))
+        self._block["id"] = (text if alike else sequence) * 10 + self._block["position"]
+
+
+def test_copies_of_a_prompt_under_other_ids_are_in_one_fold() -> None:
+    """The label of ten texts is random. Negative control: copies that count as prompts tell each other's label."""
+    runs = [Copies(seed, alike=True) for seed in range(4)]
+    results = [probes(run, label=run.labels) for run in runs]
+    assert all("of 10 prompts" in result.attrs["rests_on"] for result in results)
+    auc = [float(result["auc"].sel(source="activation").mean()) for result in results]
+    assert np.mean(auc) < 0.7
+    shown = [bool(((r["q"] <= 0.05) & (r["beyond_words_low"] > 0)).any()) for r in results]
+    assert sum(shown) <= 1
+    control = Copies(0, alike=False)
+    leaking = probes(control, label=control.labels)
+    assert "of 40 prompts" in leaking.attrs["rests_on"]
+    assert float(leaking["auc"].sel(source="activation").mean()) > 0.95, "negative control"
+
+
 def test_sequences_are_pooled_and_labels_can_be_given() -> None:
     run = Run(3)
     last = probes(run, pool="last", label=["a" if i % 2 else "b" for i in range(24)])
     assert "24 sequences of 24 prompts" in last.attrs["rests_on"]
     mean = probes(run, pool="mean")
     assert float(mean["auc"].sel(layer=PLANTED, source="activation")) > 0.95
+
+
+def test_labels_of_few_prompts_are_left_out_and_stated() -> None:
+    """Negative control: five prompts are enough for a label, and its AUC is known."""
+    labels = ["rare"] * 4 + ["few"] * 5 + ["a" if i % 2 else "b" for i in range(15)]
+    result = probes(Run(3), label=labels)
+    assert result["label"].values.tolist() == ["a", "b", "few"]
+    assert "Skipped, as fewer than 5 prompts have them: rare (4)." in result.attrs["summary"]
+    assert "200 tokens of 20 prompts" in result.attrs["rests_on"]
+    assert np.isfinite(result["auc"]).all()
+    assert "nan" not in result.attrs["summary"]
+    assert "Skipped" not in probes(Run(3)).attrs["summary"], "negative control"
 
 
 def test_ridge_is_the_same_in_both_forms() -> None:
@@ -117,6 +162,10 @@ def test_ridge_is_the_same_in_both_forms() -> None:
         ({"label": "mood"}, "'mood' is not a label"),
         ({"hook": "hook_mlp_out"}, "'hook_mlp_out' is not in run.zarr"),
         ({"false_positives": 2.0}, "false_positives=2.0"),
+        (
+            {"label": ["a"] * 4 + ["b"] * 20},
+            r"two labels that at least 5 prompts have, got prompts of a \(4\), b \(20\)",
+        ),
     ],
 )
 def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:

@@ -33,6 +33,7 @@ class Run:
         x[LAYER, :, 0] += size * (2 * own - 1) * late
         ids = rng.integers(0, 6, len(sequence))
         ids = np.where(late & words, 10 + own, ids)
+        ids = np.where(position == 0, 100 + sequence, ids)
         self._x = x.astype(np.float32)
         channel = np.where(position >= 5, CHANNELS.index("analysis"), CHANNELS.index("prompt"))
         zeros = np.zeros(len(sequence), np.int64)
@@ -77,6 +78,26 @@ def test_what_the_tokens_tell_is_no_finding() -> None:
 def test_nothing_is_shown_without_a_label_in_activations() -> None:
     false = [np.isfinite(trajectory(Run(seed, size=0.0), points=2)["onset"].values).any() for seed in range(2, 8)]
     assert sum(false) <= 1
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_copies_of_a_prompt_under_other_ids_are_in_one_fold(alike: bool) -> None:
+    """Twenty texts with four sequences each, whose activations depend on the text and whose label is random by text.
+
+    Negative control: copies with other tokens, which count as prompts and tell each other's label.
+    """
+    run, rng = Run(4, size=0.0), np.random.default_rng(4)
+    sequence = run._block["sequence"]
+    prompt = run._block["channel"] == CHANNELS.index("prompt")
+    if alike:
+        run._block["id"] = np.where(prompt, sequence // 4 * 5 + run._block["position"], run._block["id"])
+    run._x = (run._x + 4 * rng.normal(size=(2, 20, D))[:, sequence // 4]).astype(np.float32)
+    labels = rng.permutation(["a", "b"] * 10)[np.arange(80) // 4].tolist()
+    result = trajectory(run, label=labels, points=2)
+    assert f"of {20 if alike else 80} prompts" in result.attrs["rests_on"]
+    auc = float(result["auc"].mean())
+    assert auc < 0.7 if alike else auc > 0.9
+    assert np.isfinite(result["onset"].values).any() == (not alike)
 
 
 def test_labels_can_be_given_and_some_left_out() -> None:

@@ -11,6 +11,8 @@ import workbench as wb
 from tests.conftest import DATA
 from workbench.errors import InputError
 from workbench.figures import default
+from workbench.studies import router_prediction
+from workbench.studies.probe_folds import ridge
 from workbench.studies.router_prediction import study
 
 E, K, WORDS = 8, 2, 5
@@ -63,6 +65,23 @@ def test_routing_is_predicted_by_what_causes_it_and_noise_by_nothing() -> None:
     assert abs(recall.loc[3] - K / E).max() < 0.06
     assert "beyond the bigram: layer before" in result.attrs["summary"]
     assert all(item.draw().data for item in default.gallery({"recall": result}).values())
+
+
+def test_regressions_know_the_load_of_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts 4 and 5 are at nine tenths of tokens, whatever came before. Negative control: scores without the load."""
+    run, rng = Run(1), np.random.default_rng(1)
+    usual = rng.random(run._block["experts"].shape[1]) < 0.9
+    run._block["experts"][3] = np.where(usual[:, None], [4, 5], run._block["experts"][3])
+    recall = study(run)["recall"]["recall"].sel(layer=3).to_pandas()  # type: ignore[arg-type]
+    assert recall["load"] > 0.85
+    assert recall["layer before"] > recall["load"] - 0.03
+
+    def centred(x: Any, y: Any) -> Any:
+        return lambda other: ridge(x, y)(other) - y.mean(0)
+
+    monkeypatch.setattr(router_prediction, "ridge", centred)
+    blind = study(run)["recall"]["recall"].sel(layer=3).to_pandas()  # type: ignore[arg-type]
+    assert blind["layer before"] < recall["load"] - 0.2, "negative control"
 
 
 def test_nano_is_predicted_better_by_its_tokens_than_by_load() -> None:

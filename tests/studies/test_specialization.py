@@ -1,5 +1,7 @@
 """Information and co-activation against scikit-learn and planted dependence; by chance there is none."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -7,6 +9,8 @@ from sklearn.metrics import mutual_info_score
 
 import workbench as wb
 from tests.conftest import DATA
+from workbench.studies import specialization as study
+from workbench.studies.comparison import sum_by
 from workbench.studies.specialization import coactivation, mutual_information, specialization
 from workbench.studies.synthetic import planted_run
 
@@ -40,6 +44,34 @@ def test_without_dependence_p_is_uniform(axis):
         )
         p.append(float(specialization(run, axis, n_permutations=99, seed=seed)["p"][0]))
     assert scipy.stats.kstest(p, "uniform").pvalue > 0.005
+
+
+def test_prompts_without_an_answer_do_not_hide_information_on_the_task():
+    """Two fifths of the prompts have no written token. Negative control: with them, p is near 1 without dependence."""
+    p, blind = [], []
+    for seed in range(40):
+        run = planted_run(
+            seed=seed, n_prompts=20, n_layers=1, n_experts=6, lengths={"prompt": 30, "analysis": 30, "final": 30}
+        )
+        rng = np.random.default_rng(seed)
+        prompts = run.sequences["prompt_id"]
+        unwritten = prompts.isin(rng.choice(prompts.unique(), 8, replace=False)).to_numpy()
+        counts = run.summaries["expert_count"].transpose("sequence", "channel", "layer", "expert").copy(deep=True)
+        written = [str(c) in ("analysis", "final") for c in counts["channel"].values]
+        counts.values[np.ix_(unwritten, written)] = 0
+        partial = dataclasses.replace(run, summaries={**run.summaries, "expert_count": counts})
+        p.append(float(specialization(partial, "task", n_permutations=99, seed=seed)["p"][0]))
+        number = np.unique(prompts, return_inverse=True)[1]
+        tasks = (run.sequences["task"] == run.sequences["task"].iloc[0]).to_numpy()
+        sums = counts.values[:, written].sum(1)
+        by = np.stack([sum_by(np.where((tasks == side)[:, None, None], sums, 0), number) for side in (True, False)], 1)
+        there = by.any((2, 3))
+        by = np.nan_to_num(study.share(by.astype(float)))
+        observed = study._spread(study._mean(by, there))
+        shuffled = np.concatenate([t for _, t in study._shuffled(by, there, "task", 99, rng)])
+        blind.append(float(np.mean([study._spread(t) >= observed for t in shuffled])))
+    assert scipy.stats.kstest(p, "uniform").pvalue > 0.005
+    assert np.mean(blind) > 0.9, "negative control"
 
 
 def test_planted_dependence_is_found_where_it_is():

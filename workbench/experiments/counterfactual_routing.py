@@ -27,7 +27,7 @@ from workbench.kernels.logits import logprob
 from workbench.model.packing import FORWARD_TOKENS, pack, passes
 from workbench.model.transformer import GptOss
 from workbench.registry import Experiment
-from workbench.studies.intervals import MIN_PROMPTS, mean_effect
+from workbench.studies.intervals import MIN_PROMPTS, mean_effect, prompt_means
 from workbench.studies.statistics import false_discovery
 
 EXPERIMENT = Experiment(
@@ -49,7 +49,7 @@ METHOD = (
     "router's own; means over prompts, bootstrap-t intervals; q: Benjamini–Hochberg over layers and routes. 'Random "
     "experts' have the gate weights of the chosen ones, and are averaged over the random routes. better: share of "
     "random routes with a higher log-probability than the router's own; best: mean of the largest change among the "
-    "random routes, which is above 0 also if routes differ by chance alone."
+    "random routes, which is above 0 also if routes differ by chance alone. Both are means over prompts, too."
 )
 NOT_CONTROLLED = (
     "Random experts take a token off the states that later layers have seen in training. The next token is the one "
@@ -172,8 +172,8 @@ def experiment(
         {
             **cells,
             "q": (("which", "layer"), false_discovery(effect.p)),
-            "better": ("layer", (random > 0).mean((1, 2))),
-            "best": ("layer", random.max(1).mean(1)),
+            "better": ("layer", prompt_means((random > 0).mean(1), units).mean(-1)),
+            "best": ("layer", prompt_means(random.max(1), units).mean(-1)),
         },
         coords={"which": list(ROUTES), "layer": list(layers)},
         attrs={

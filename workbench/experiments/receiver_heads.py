@@ -25,7 +25,7 @@ from workbench.model.transformer import GptOss
 from workbench.progress import progress
 from workbench.registry import Experiment
 from workbench.studies.difference_tests import ALPHA
-from workbench.studies.intervals import MIN_PROMPTS, mean_effect
+from workbench.studies.intervals import MIN_PROMPTS, mean_effect, prompt_means
 from workbench.studies.statistics import false_discovery
 
 EXPERIMENT = Experiment(
@@ -49,12 +49,15 @@ METHOD = (
     "Attention is averaged over the tokens of both sentences and (scores=ranks) ranked within the row of the later "
     "one, among the sentences far enough before it. Vertical score of a sentence: the mean of its column. kurtosis: "
     "Fisher's, of the vertical scores of an analysis. change: kurtosis less the mean kurtosis after shuffling each "
-    "row; mean over prompts, bootstrap-t interval; q: Benjamini–Hochberg over all heads. score of a sentence: its "
+    "row; mean over prompts, bootstrap-t interval; q: Benjamini–Hochberg over all heads. first: share of analyses "
+    "whose first sentence has the largest vertical score, mean over prompts. score of a sentence: its "
     "vertical score in standard deviations of those of its analysis, mean over the heads with the largest change, "
     "which are chosen on the same analyses."
 )
 NOT_CONTROLLED = (
-    "A sentence that is attended to need not decide the answer: sentence-importance measures that. Windowed layers see "
+    "A sentence that is attended to need not decide the answer: sentence-importance measures that. A head that attends "
+    "to one place, such as the first sentence of every analysis, has as much kurtosis as one that attends to a "
+    "sentence for its meaning: see `first`. Windowed layers see "
     "only near tokens, so that their far rows are ties."
 )
 
@@ -72,8 +75,8 @@ def experiment(
 ) -> dict[str, xr.Dataset]:
     """Return by layer and head how much kurtosis vertical scores have beyond chance, with intervals over prompts.
 
-    Dataset `heads`, over layer and head: change, low, high, p, q, kurtosis, shuffled. `sentences`, over sentence:
-    score, how much the heads with the largest change attend to it, with its conversation, number and text.
+    Dataset `heads`, over layer and head: change, low, high, p, q, kurtosis, shuffled, first. `sentences`, over
+    sentence: score, how much the heads with the largest change attend to it, with its conversation, number and text.
 
     Raises:
         InputError: an option is not possible, or fewer than five prompts have an analysis that is long enough.
@@ -93,7 +96,7 @@ def experiment(
             f"{n} prompts have an analysis of {apart + LEAST} sentences or more, and an interval needs {MIN_PROMPTS}: "
             "use more sequences, or a smaller apart"
         )
-    values, vertical = np.empty((2, model.cfg.n_layers, model.cfg.n_heads, len(chosen))), []
+    values, vertical = np.empty((2, model.cfg.n_layers, model.cfg.n_heads, len(chosen))), list[np.ndarray]()
     rng = np.random.default_rng(seed)
     with progress("receiver heads", len(chosen), "sequences") as advance:
         for number, one in enumerate(chosen):
@@ -105,8 +108,11 @@ def experiment(
     effect = mean_effect(values[0] - values[1], units, seed=seed)
     cells = ("layer", "head")
     variables = {name: (cells, getattr(effect, name)) for name in ("change", "low", "high", "p")}
-    variables |= {"q": (cells, false_discovery(effect.p)), "kurtosis": (cells, values[0].mean(-1))}
-    result = xr.Dataset(variables | {"shuffled": (cells, values[1].mean(-1))})
+    first = np.stack([scores.argmax(-1) == 0 for scores in vertical], -1).astype(np.float64)
+    variables["q"] = (cells, false_discovery(effect.p))
+    for name, of_sequences in (("kurtosis", values[0]), ("shuffled", values[1]), ("first", first)):
+        variables[name] = (cells, prompt_means(of_sequences, units).mean(-1))
+    result = xr.Dataset(variables)
     about = {
         "rests_on": f"{count_of(len(chosen), 'analysis', 'analyses')} of {count_of(n, 'prompt')}",
         "prompts": n,
@@ -242,5 +248,8 @@ def _summary(result: xr.Dataset) -> str:
         layer, head = np.unravel_index(flat, size.shape)
         one = result.isel(layer=int(layer), head=int(head))
         change, low, high = (float(one[name]) for name in ("change", "low", "high"))
-        lines.append(f"  layer {layer} head {head}: {signed_interval(change, low, high, 2)}")
+        lines.append(
+            f"  layer {layer} head {head}: {signed_interval(change, low, high, 2)}; most to the first sentence in "
+            f"{float(one['first']):.0%} of analyses"
+        )
     return "\n".join(lines)

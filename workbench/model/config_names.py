@@ -29,6 +29,8 @@ class ConfigNames:
     attn_scores_soft_cap: ClassVar[float] = -1.0  # TransformerLens' value for none
     output_logits_soft_cap: ClassVar[float] = -1.0
     default_prepend_bos: ClassVar[bool] = False  # harmony has no token that begins a text
+    tokenizer_prepends_bos: ClassVar[bool] = False
+    tie_word_embeddings: ClassVar[bool] = False
     use_hook_tokens: ClassVar[bool] = False
     load_in_4bit: ClassVar[bool] = False
     init_weights: ClassVar[bool] = False
@@ -49,6 +51,9 @@ class ConfigNames:
     n_devices = property(lambda self: len(set(self._its_model.devices)), doc="Number of devices the layers are on.")
     model_name = property(lambda self: str(self._its_model.checkpoint.path.name), doc="Name of the checkpoint.")
     tokenizer_name = property(lambda self: str(self._its_model.tokenizer.name), doc="Name of the model's tokenizer.")
+    default_padding_side = property(
+        lambda self: str(self._its_model.tokenizer.padding_side), doc="Where shorter texts of a list are padded."
+    )
     d_vocab_out = property(lambda self: self.d_vocab, doc="Number of logits: the vocabulary.")
     rotary_dim = property(lambda self: self.d_head, doc="Number of dimensions of a head that rotate: all.")
     rotary_base = property(lambda self: self.rope.theta, doc="Base of the rotary frequencies, before YaRN.")

@@ -24,6 +24,25 @@ from workbench.model.prompt_cache import PromptCache
 from workbench.model.sampling import Sampling
 
 F = TypeVar("F", bound=Callable[..., Any])
+_CACHE = "model.run_with_cache(output, names_filter=…, device=…) gives the activations of a generated text"
+# options of TransformerLens and Hugging Face, and what does the same here
+_OTHER_WAYS = {
+    "output_logits": "model(output) gives the logits of all tokens, and generate_stream each token's log-probability",
+    "return_cache": _CACHE,
+    "names_filter": _CACHE,
+    "device": _CACHE,
+    "return_input_tokens": "model.to_tokens(text) gives the ids of an input",
+    "stop_strings": "stop=[model.to_single_token(text)] ends a row after a token",
+    "stopping_criteria": "leave a loop over model.generate_stream(…) where it should stop",
+    "num_return_sequences": "use samples",
+    "max_length": "use max_new_tokens",
+    "pad_token_id": "rows are lists of their own ids, or a tensor that the tokenizer's padding token fills",
+    "verbose": "every step is yielded, so print what you need of it",
+}
+
+
+class UnknownOptionError(InputError, TypeError):
+    """An option that a function does not have."""
 
 
 def prepare(
@@ -46,6 +65,7 @@ def prepare(
     eos_token_id: int | Collection[int] | None = None,
     prepend_bos: bool | None = None,
     padding_side: Literal["left", "right"] | None = None,
+    attention_mask: Any = None,
     prompt_cache: PromptCache | None = None,
 ) -> Request:
     """Return the checked request of a generation, with a row and a seed for each sample.
@@ -56,7 +76,8 @@ def prepare(
     the tokenizer's stop tokens; with `stop_at_eos=False` only `stop` ends a row. `seed` is one number for the call, or
     one for each row. With several `samples`, every prompt is read once and has that many rows, one after the other. A
     row also ends at max_new_tokens, or at the end of the context. use_past_kv_cache=False computes the whole row again
-    for every token: hooks see all of it, and the result is the same but for rounding. prompt_cache: reuse what an
+    for every token: hooks see all of it, and the result is the same but for rounding. padding_side, attention_mask:
+    what of a tensor's rows is padding, as in `forward`. prompt_cache: reuse what an
     earlier call with it has read of the prompt.
 
     Raises:
@@ -72,7 +93,10 @@ def prepare(
         repetition_penalty=repetition_penalty,
     )
     stops = _stops(model, stop, eos_token_id, stop_at_eos)
-    prompt_rows = read_batch(model, prompts, prepend_bos=prepend_bos, padding_side=padding_side).rows()
+    batch = read_batch(
+        model, prompts, prepend_bos=prepend_bos, padding_side=padding_side, attention_mask=attention_mask
+    )
+    prompt_rows = batch.rows()
     if type(max_new_tokens) is not int or max_new_tokens < 0:
         raise InputError(f"max_new_tokens {max_new_tokens!r}: expected a whole number from 0")
     if type(samples) is not int or samples < 1:
@@ -131,6 +155,7 @@ def generate(
     """
     if return_type not in ("input", "str", "tokens", "new_tokens"):
         raise InputError(f"return_type {return_type!r} is unknown: use 'input', 'str', 'tokens' or 'new_tokens'")
+    _check_options("generate", options)
     request = prepare(model, prompts, max_new_tokens, **options)
     prompt_cache, samples = options.get("prompt_cache"), options.get("samples", 1)
     new: list[list[int]] = [[] for _ in request.rows]
@@ -157,8 +182,22 @@ def generate_stream(
     Raises:
         InputError: a prompt or an option is not valid; at a step, the model's logits are not finite.
     """
+    _check_options("generate_stream", options)
     request = prepare(model, prompts, max_new_tokens, **options)
     return generation_steps(model, replace(request, logprobs=logprobs), options.get("prompt_cache"))
+
+
+def _check_options(function: str, options: Collection[str]) -> None:
+    """Refuse an option that there is not, and name what does the same.
+
+    Raises:
+        UnknownOptionError: an option is unknown.
+    """
+    known = [name for name, p in inspect.signature(prepare).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    for name in options:
+        if name not in known:
+            way = _OTHER_WAYS.get(name) or f"use {', '.join(known)}"
+            raise UnknownOptionError(f"{function} has no option {name!r}: {way}")
 
 
 def _stops(

@@ -206,6 +206,8 @@ class MoE(ExpertBiases, nn.Module):
 class Block(nn.Module):
     """x += attention(norm(x)), then x += moe(norm(x))."""
 
+    hook_out_is_single_residual_stream = True  # TransformerLens' logit lens asks every block for this
+
     def __init__(self, cfg: Config, layer: int, packed: bool) -> None:
         super().__init__()
         self.cfg, self.layer = cfg, layer

@@ -78,6 +78,8 @@ class TextMethods:
         Padding that `read_batch` would add is left out.
         Raises: InputError for what is neither text nor ids of the vocabulary.
         """
+        if isinstance(input, int | np.integer) or (isinstance(input, Tensor) and input.dim() == 0):
+            input = [int(input)]  # one id
         many = isinstance(input, Sequence) and not isinstance(input, str) and len(input) > 0
         many = many and not isinstance(input[0], int | np.integer)
         batch = read_batch(self, input, prepend_bos=prepend_bos, padding_side=padding_side)

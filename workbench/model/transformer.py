@@ -6,10 +6,12 @@ inside of the experts) is materialised only while it is hooked, in that layer; t
 Reference: openai/gpt-oss, gpt_oss/torch/model.py (commit 7b58334); the OpenAI gpt-oss model card, arXiv 2508.10925.
 """
 
+import re
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -33,11 +35,21 @@ from workbench.model.rope import inverse_frequencies
 from workbench.model.text import TextMethods
 from workbench.model.weights import ModelWeights
 
+# TransformerLens 4 has the inputs of attention under both names
+_INPUT_OF_ATTENTION = re.compile(r"(blocks\.\d+)\.attn\.(hook_[qkv]_input|hook_attn_in)")
 _UNPROCESSED = "weights stay as published, nothing is folded or centred; gains are block.ln1.w, block.ln2.w, ln_final.w"
 _NOT_OFFERED = dict.fromkeys(
     ("process_weights_", "process_weights", "enable_compatibility_mode", "fold_layer_norm", "center_writing_weights"),
     _UNPROCESSED,
-)
+) | {
+    "original_model": "it wraps no other model; model.checkpoint is the checkpoint that it was loaded from",
+    "input_to_embed": "use model.embed(model.to_tokens(text)), and model(stream, start_at_layer=0) for the rest",
+    "block_hooks": "model.hook_dict has the names of all hook points",
+    "block_submodules": "model.blocks[0].named_children() has the parts of a block",
+    "layer_types": "all layers have attention and experts; model.cfg.attn_types has the kinds of attention",
+    "stack_params_for": "model.W_Q and its like are stacked already, model.blocks_with(name) has the blocks",
+    "hf_generate": "use model.generate",
+}
 
 
 class GptOss(TextMethods, ModelWeights, HookedRootModule):
@@ -111,7 +123,10 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
         tokens = tokens.to(self.device)  # ids from anywhere: `device="auto"` may have put the model on a GPU
         where = PassContext(self.cfg, tokens, cache, packed, n_real, self._frequencies())
         self.context = where if hook_columns is None else where.at(hook_columns)
-        x = self.hook_embed(self.embed(tokens)) if stream is None else stream.to(self.dtype)
+        x = self.embed(tokens) if stream is None else stream.to(self.dtype)
+        if torch.is_grad_enabled() and not x.requires_grad and self._has_backward_hooks():
+            x = x.detach().requires_grad_()  # gradients of activations do not need those of weights
+        x = self.hook_embed(x) if stream is None else x
         chosen = range(self.cfg.n_layers) if layers is None else layers
         for block, device in [
             pair for i, pair in enumerate(zip(self.blocks, self.devices, strict=True)) if i in chosen
@@ -125,6 +140,9 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
         if cache is not None:
             cache.advance()
         return x.to(self.unembed.weight.device)
+
+    def _has_backward_hooks(self) -> bool:
+        return any(point.bwd_hooks for point in self.hook_dict.values())
 
     def _checkpointed(self, block: nn.Module, x: Tensor, where: PassContext) -> Tensor:
         """Return the block's output; the backward pass computes it again with the hooks and the tokens of this pass."""
@@ -220,8 +238,16 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
         """Return the output and an ActivationCache; the hook names of a filter are checked.
 
         Raises:
-            InputError: `names_filter` names no hook point of the model, or `incl_bwd` has no scalar to start from.
+            InputError: `names_filter` names no hook point of the model, `incl_bwd` has no scalar to start from, or
+                `remove_batch_dim` meets several rows.
         """
+        if options.keys() & {"fwd_hooks", "bwd_hooks"}:
+            raise InputError(
+                "run_with_cache takes no hooks: write `with model.hooks(fwd_hooks=…):` and call it in this context"
+            )
+        given = args[0] if args else options.get("input")
+        if remove_batch_dim and (n_rows := _n_rows(given)) > 1:
+            raise InputError(f"remove_batch_dim takes one row, got {n_rows}: pass one of them, or keep the axis")
         names = options.get("names_filter")
         for name in names if isinstance(names, list | tuple) else () if names is None else (names,):
             self._check_hook_name(name)
@@ -261,9 +287,33 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
         Raises:
             InputError: the model has no hook point of this name.
         """
-        for name, _ in (*fwd_hooks, *bwd_hooks):
-            self._check_hook_name(name)
         return super().run_with_hooks(*args, fwd_hooks=list(fwd_hooks), bwd_hooks=list(bwd_hooks), **options)
+
+    def add_hook(self, name: Any, hook: Any, *args: Any, **options: Any) -> None:
+        """Add a hook at a hook point, or at all whose name a filter accepts, until `reset_hooks` removes it.
+
+        Raises:
+            InputError: the model has no hook point of this name, or the filter accepts none.
+        """
+        for chosen in self._chosen_hook_points(name):
+            super().add_hook(chosen, hook, *args, **options)
+
+    def _enable_hook(self, name: Any, hook: Any, dir: Any) -> None:
+        for chosen in self._chosen_hook_points(name):
+            super()._enable_hook(chosen, hook, dir)
+
+    def _chosen_hook_points(self, name: Any) -> list[str]:
+        """Return the names of the hook points that a name or a filter means."""
+        if isinstance(name, str) and name not in self.hook_dict:
+            name = _INPUT_OF_ATTENTION.sub(r"\1.\2", name)
+        self._check_hook_name(name)
+        chosen = [point for point in self.hook_dict if name(point)] if callable(name) else [name]
+        if not chosen:  # an intervention that is nowhere would change nothing, without a word
+            raise InputError(
+                f"the filter of hook points accepts none of the model's {len(self.hook_dict)}: names are as "
+                "'blocks.0.hook_resid_post', and model.hook_dict has them all"
+            )
+        return chosen
 
     def _check_hook_name(self, name: Any) -> None:
         if callable(name):
@@ -325,3 +375,11 @@ class GptOss(TextMethods, ModelWeights, HookedRootModule):
     ) -> Generator[GenerationStep, None, None]:
         """Return an iterator over the steps of a generation; see `workbench.model.generate.generate_stream`."""
         return generate_stream(self, input, max_new_tokens, **options)
+
+
+def _n_rows(given: Any) -> int:
+    """Return how many rows an input of the model has."""
+    if isinstance(given, Tensor | np.ndarray):
+        return len(given) if given.ndim > 1 else 1
+    several = isinstance(given, Sequence) and not isinstance(given, str) and len(given) > 0
+    return len(given) if several and not isinstance(given[0], int | np.integer) else 1

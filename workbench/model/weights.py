@@ -4,6 +4,7 @@ Weights are read when they are accessed, and experts are dequantised one at a ti
 query head that uses them. The update of an adapter is included.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -186,6 +187,28 @@ class ModelWeights:
         return params
 
     tl_parameters = get_params
+
+    def tl_named_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Return an iterator over the names and weights of `get_params`, as W_Q [head d_model d_head]."""
+        return iter(self.get_params().items())
+
+    @property
+    def n_params_total(self) -> int:
+        """Return the number of weights, every expert's included."""
+        return int(self.cfg.n_params)
+
+    def blocks_with(self, submodule: str) -> list[tuple[int, Any]]:
+        """Return number and block of every block that has a part of this name, such as "attn"."""
+        return [(layer, block) for layer, block in enumerate(self.blocks) if hasattr(block, submodule)]
+
+    def composition_layer_indices(self) -> list[int]:
+        """Return the layers of `all_composition_scores`: all."""
+        return list(range(self.cfg.n_layers))
+
+    @property
+    def attn_head_labels(self) -> list[str]:
+        """Return L0H0 and so on, a label for each head, as `all_head_labels()`."""
+        return self.all_head_labels()
 
     def all_head_labels(self) -> list[str]:
         """Return L0H0 and so on, a label for each head."""

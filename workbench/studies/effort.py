@@ -4,7 +4,8 @@ Every prompt is answered at several efforts, so everything is paired by prompt. 
 in accuracy comes first; then whether routing and sinks differ, in the prompt (the same words at the same positions,
 save the effort's own) and in the analysis at equal position.
 
-Reference for the model of accuracy: Liang & Zeger 1986, generalised estimating equations, clustered by prompt.
+Reference for the model of accuracy: Liang & Zeger 1986, generalised estimating equations, clustered by prompt; Mancl
+& DeRouen 2001, A Covariance Estimator for GEE with Improved Small-Sample Properties.
 """
 
 import warnings
@@ -41,6 +42,7 @@ STUDY = Study(
 ALPHA = 0.05
 _CI = "95 %, delete-one jackknife over prompts, corrected for skewness"
 _GAIN = "95 %, Student's t over prompts with two pseudo-prompts (Agresti & Min)"
+_ROBUST = "95 %, robust, corrected for few prompts (Mancl & DeRouen)"
 _WILSON = "95 %, Wilson, with the sample size that the variance between prompts implies"
 DEFINITIONS = {
     "analysis_tokens": Definition("analysis tokens", "tokens", "mean over sequences of the tokens of analysis", ci=_CI),
@@ -70,17 +72,17 @@ DEFINITIONS = {
         "log-odds",
         "1",
         "of a right answer in a logistic GEE with exchangeable errors within a prompt",
-        ci="95 %, robust",
+        ci=_ROBUST,
     ),
-    "coefficient_low": Definition("log-odds, lower limit", "1", "lower limit", ci="95 %, robust"),
-    "coefficient_high": Definition("log-odds, upper limit", "1", "upper limit", ci="95 %, robust"),
+    "coefficient_low": Definition("log-odds, lower limit", "1", "lower limit", ci=_ROBUST),
+    "coefficient_high": Definition("log-odds, upper limit", "1", "upper limit", ci=_ROBUST),
     "p": Definition("p", "1", "Wald test of the coefficient", null="no effect"),
 }
 METHOD = (
     "Means over sequences, differences paired by prompt (samples of a prompt averaged first), intervals by the "
     "jackknife over prompts, corrected for skewness; those of accuracy are Wilson's, with the sample size that the "
     "variance between prompts implies. The model of accuracy is a logistic GEE on the logarithm of analysis tokens and "
-    "the effort, clustered by prompt."
+    "the effort, clustered by prompt, with errors corrected for few prompts."
 )
 NOT_CONTROLLED = (
     "Whether more tokens cause more right answers is not shown by their going together: hard prompts make both longer "
@@ -187,11 +189,15 @@ def cost(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr
     lines = []
     for effort in efforts:
         cell = result.sel(task="all", effort=effort)
-        numbers = {str(k): float(v) for k, v in cell.data_vars.items()}
+        numbers = _percent({str(k): float(v) for k, v in cell.data_vars.items()})
+        graded = np.isfinite(numbers["accuracy"])
         lines.append(
-            "{e}: {analysis_tokens:.1f} analysis tokens [{analysis_tokens_low:.1f}, "
-            "{analysis_tokens_high:.1f}], accuracy "
-            "{accuracy:.1f} % [{accuracy_low:.1f}, {accuracy_high:.1f}].".format(e=effort, **_percent(numbers))
+            f"{effort}: {numbers['analysis_tokens']:.1f} analysis tokens {_limits(numbers, 'analysis_tokens')}, "
+            + (
+                f"accuracy {numbers['accuracy']:.1f} % {_limits(numbers, 'accuracy')}."
+                if graded
+                else "no answer is graded."
+            )
         )
     efforts_of = table.groupby("prompt_id")["effort"].nunique()
     if lacking := int((efforts_of < len(efforts)).sum()):
@@ -202,6 +208,12 @@ def cost(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr
         )
     result.attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "summary": "\n".join(lines)}
     return result
+
+
+def _limits(numbers: Mapping[str, float], name: str) -> str:
+    """Return the interval of a number, or that it has none."""
+    low, high = (numbers[f"{name}_{end}"] for end in ("low", "high"))
+    return f"[{low:.1f}, {high:.1f}]" if np.isfinite(low) else f"[no interval below {MIN_PROMPTS} prompts]"
 
 
 def _percent(numbers: Mapping[str, float]) -> dict[str, float]:
@@ -256,12 +268,15 @@ def gain(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr
             )
             continue
         changed = "accuracy changes by" if c["gain_different"] else "no change of accuracy shown:"
-        changed = changed if np.isfinite(c["gain_p"]) else "too few graded prompts for a test:"
+        accuracy = (
+            f"{changed} {signed_interval(100 * c['gain'], 100 * c['gain_low'], 100 * c['gain_high'], 1)} points"
+            f"{_per_tokens(c['gain_per_100'], c['more_tokens'])}"
+        )
+        if not np.isfinite(c["gain_p"]):
+            accuracy = f"accuracy cannot be tested, fewer than {MIN_PROMPTS} prompts are graded at both efforts"
         lines.append(
             f"{label}: {signed(c['more_tokens'], 1)} analysis tokens [{signed(c['more_tokens_low'], 1)}, "
-            f"{signed(c['more_tokens_high'], 1)}]; "
-            f"{changed} {signed_interval(100 * c['gain'], 100 * c['gain_low'], 100 * c['gain_high'], 1)} points"
-            f"{_per_tokens(c['gain_per_100'], c['more_tokens'])}."
+            f"{signed(c['more_tokens_high'], 1)}]; {accuracy}."
         )
     result.attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "summary": "\n".join(lines)}
     return result
@@ -314,7 +329,7 @@ def accuracy_model(run: Run, table: pd.DataFrame, efforts: list[str], seed: int 
         try:
             fit = GEE(
                 known["correct"], x, groups=known["prompt_id"], family=sm.families.Binomial(), cov_struct=Exchangeable()
-            ).fit()
+            ).fit(cov_type="bias_reduced")
         except (np.linalg.LinAlgError, ValueError):
             return None
     limits = fit.conf_int().to_numpy()

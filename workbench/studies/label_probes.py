@@ -36,6 +36,7 @@ from workbench.studies.probe_folds import (
 )
 from workbench.studies.probes import previous_ids
 from workbench.studies.result import Definition, dataset, provenance
+from workbench.studies.run_index import independent_prompts
 from workbench.studies.token_labels import Selection, selection_of
 
 STUDY = Study(
@@ -123,6 +124,7 @@ def study(
     attrs = provenance(STUDY.name, f"Probes of {shown}", run.digest, seed, parameters) | {
         "rests_on": f"{len(table):,} {unit} of {count_of(n_prompts, 'prompt')}",
         "prompts": n_prompts,
+        "left_out": ", ".join(f"{name} ({n})" for name, n in table.attrs["rare"].items()),
         "method": METHOD,
         "not_controlled": NOT_CONTROLLED,
     }
@@ -145,7 +147,7 @@ def read(
     """Return activations of the tokens (or pooled sequences) with a label, and their label, prompt, id and position.
 
     Raises:
-        InputError: fewer than two labels or five prompts have tokens.
+        InputError: fewer than two labels have tokens of five prompts each.
     """
     x, table = np.zeros((0, 0), np.float32), pd.DataFrame()
     rng = np.random.default_rng(seed)  # the same rows in every layer
@@ -169,9 +171,18 @@ def read(
         if len(table) > max_tokens:  # no more than this, whatever the size of the run
             drawn = np.sort(np.argsort(table["drawn"].to_numpy())[:max_tokens])
             x, table = x[drawn], table.iloc[drawn].reset_index(drop=True)
-    table["prompt"] = run.sequences["prompt_id"].reindex(table["sequence"]).to_numpy()
+    table["prompt"] = independent_prompts(run)[table["sequence"].to_numpy(np.int64)]  # duplicates are one prompt
     if (n := table["label"].nunique()) < 2:
         raise InputError(f"the tokens have {n} label: a probe needs two, see run.sequences")
+    prompts_of = table.groupby("label")["prompt"].nunique().to_dict()
+    rare = {str(label): int(n) for label, n in prompts_of.items() if n < FOLDS}
+    if rare:  # no fold would be fitted and scored with them
+        used = ~table["label"].isin(rare).to_numpy()
+        x, table = x[used], table[used].reset_index(drop=True)
+    table.attrs["rare"] = rare
+    if len(prompts_of) - len(rare) < 2:
+        listed = ", ".join(f"{label} ({n})" for label, n in prompts_of.items())
+        raise InputError(f"a probe needs two labels that at least {FOLDS} prompts have, got prompts of {listed:.200}")
     if (n := table["prompt"].nunique()) < max(FOLDS, MIN_PROMPTS):
         raise InputError(
             f"{count_of(n, 'prompt has', 'prompts have')} these labels: a probe needs "
@@ -199,6 +210,8 @@ def _summary(result: xr.Dataset) -> str:
     ]
     if text := few_prompts(int(result.attrs["prompts"])):
         lines.append(f"Warning: {text}.")
+    if result.attrs["left_out"]:
+        lines.append(f"Skipped, as fewer than {FOLDS} prompts have them: {result.attrs['left_out']}.")
     for layer in map(int, result["layer"].values):
         one = result.sel(layer=layer)
         auc, low, high = (float(one[name].sel(source="activation")) for name in ("auc", "auc_low", "auc_high"))

@@ -37,6 +37,7 @@ from workbench.studies.probe_folds import (
     pseudo_values,
 )
 from workbench.studies.result import Definition, dataset, provenance
+from workbench.studies.run_index import independent_prompts
 
 STUDY = Study(
     name="probe-trajectory",
@@ -174,6 +175,7 @@ def _read(run: Run, about: Any, index: int, label: Any, channel: str, points: in
         InputError: fewer than two labels or five prompts remain.
     """
     number, rng = CHANNELS.index(channel), np.random.default_rng(seed)
+    prompts_of = independent_prompts(run)  # duplicates are one prompt, so that no fold holds a copy of another's
     drawn: list[tuple[float, Any]] = []  # the same sequences in every layer
     for columns, values in token_labels.blocks(run, about, index):
         label_values = token_labels.values_of(label, columns, run)
@@ -189,7 +191,7 @@ def _read(run: Run, about: Any, index: int, label: Any, channel: str, points: in
             written = [ids[at[at <= end]] for end in ends]
             row = {
                 "label": label_values[own[0]],
-                "prompt": run.sequences["prompt_id"].loc[sequence[own[0]]],
+                "prompt": int(prompts_of[sequence[own[0]]]),
                 "id": [int(ids[end]) for end in ends],
                 "before": [int(ids[end - 1]) if end > own[0] else -1 for end in ends],
                 "position": [len(w) for w in written],

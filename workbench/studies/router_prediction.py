@@ -53,7 +53,7 @@ DEFINITIONS = {
 METHOD = (
     "Predictions of the k experts of tokens of held-out prompts (five folds). load: the layer's most frequent "
     "experts. token, bigram: the most frequent experts of the id or pair in training; a pair that was not seen falls "
-    "back to the token, and that to the load. layer before, features: the k largest scores of ridge regression. "
+    "back to the token, and that to the load. layer before, features: the k largest predictions of ridge regression. "
     "Recall is averaged within prompts, then over them; differences from the bigram are paired by prompt."
 )
 NOT_CONTROLLED = (
@@ -145,7 +145,8 @@ def _recalls(
             "token": by_token[token[test]],
             "bigram": np.where(seen, by_pair[pair[test]] + 1e-3 * by_token[token[test]], by_token[token[test]]),
         }
-        scores |= {name: ridge(values[train], truth[train])(values[test]) for name, values in x.items()}
+        # ridge scores are deviations from each expert's mean, and experts are ranked against each other
+        scores |= {name: load + ridge(values[train], truth[train])(values[test]) for name, values in x.items()}
         for name, score in scores.items():
             best = np.argsort(-score, axis=1, kind="stable")[:, :k]
             recalls[name][test] = np.take_along_axis(truth[test], best, 1).mean(1)

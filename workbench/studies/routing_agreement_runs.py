@@ -48,9 +48,10 @@ def study(run: TokenRun, other: TokenRun, *, seed: int = 0) -> dict[str, xr.Data
     number, own = independent_prompts(run), sequence[known]
     sums, counts = (np.bincount(own, values, len(number)) for values in (difference[known], None))
     value = mean_of_prompts(prompt_means(sums, counts, number))
-    for end, number in zip(("", "_low", "_high"), value, strict=True):
-        result[f"logprob_effect{end}"] = ((), np.asarray(number), _EFFECT.attrs())
-    result.attrs["summary"] += f"\nLog-probabilities differ by {float(value[0]):.4f} nat a token on average."
+    for end, limit in zip(("", "_low", "_high"), value, strict=True):
+        result[f"logprob_effect{end}"] = ((), np.asarray(limit), _EFFECT.attrs())
+    if known.any():
+        result.attrs["summary"] += f"\nLog-probabilities differ by {float(value[0]):.4f} nat a token on average."
     return {"agreement": result}
 
 

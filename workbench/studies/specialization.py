@@ -150,7 +150,8 @@ def specialization(run: Run, axis: str, *, n_permutations: int = N_PERMUTATIONS,
     if len(names) < 2:
         return None
     there = ~np.isnan(by).any((2, 3))
-    by = np.nan_to_num(by)
+    having = there.any(1)  # a prompt without a token of any label has nothing to shuffle
+    by, there = np.nan_to_num(by[having]), there[having]
     rng = np.random.default_rng(seed)
     observed = _mean(by, there)
     information, size = _information(observed), _spread(observed)
