@@ -245,7 +245,7 @@ def _sentences(table: pd.DataFrame, prompts: Sequence[str], seed: int) -> list[s
         if n >= MIN_PROMPTS:
             effect = mean_effect(own["change"].to_numpy(np.float64), own["prompt"].tolist(), seed=seed)
             change = f"{signed_interval(float(effect.change), float(effect.low), float(effect.high), 3)} nats"
-            over = f"mean and 95 % interval over {n} prompts"
+            over = f"mean and 95 % interval over {count_of(n, 'prompt')}"
         else:
             change = f"{signed(mean, 3)} nats"
             over = f"mean of {count_of(len(own), 'token')} of {count_of(n, 'prompt')}, too few for an interval"
