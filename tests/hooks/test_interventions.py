@@ -63,6 +63,10 @@ def scale(matrix: Any, experts: list[int], factor: float) -> None:
         matrix.bias.data[e] *= factor
 
 
+def scale_columns(matrix: Tensor, columns: list[int], factor: float) -> None:
+    matrix.data[:, columns] *= factor
+
+
 def mean_for(model: GptOss, e: int) -> Tensor:
     return expert_means(model, X, 1)[1][e]
 
@@ -101,7 +105,7 @@ CHANGES: dict[str, tuple[Callable[[GptOss], Edit], Callable[[GptOss, Any], None]
     ),
     "scale heads": (
         lambda m: scale_heads(1, 0.3, [2, 5]),
-        lambda m, b: b.attn.o.weight.data.view(-1, 8, 16)[:, [2, 5]].__imul__(0.3) and None,
+        lambda m, b: scale_columns(b.attn.o.weight, [*range(2 * 16, 3 * 16), *range(5 * 16, 6 * 16)], 0.3),
     ),
     "steer": (
         lambda m: steer("blocks.1.hook_mlp_out", torch.ones(64), 0.5),
