@@ -1,6 +1,8 @@
 """The CPU benchmark runs whole, on a small model, and states what it measured."""
 
 import statistics
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -110,6 +112,23 @@ def test_a_decoder_continues_the_same_prompt_in_every_row(checkpoint: Path) -> N
     assert not torch.allclose(last[0], complete, atol=1e-2)
     hits = decoder(torch.tensor([[3, 5]]), 150, "counted")["experts"]
     assert model.cfg.experts_per_token <= hits <= 2 * model.cfg.experts_per_token
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not count the memory of the parent")
+def test_the_memory_of_a_process_is_its_own() -> None:
+    child = "from workbench.bench.worker import peak_bytes; print(peak_bytes())"
+    parent = (
+        "import subprocess, sys; memory = bytearray(b'1') * 600_000_000; "
+        "print(subprocess.run([sys.executable, '-c', sys.argv[1]], capture_output=True, text=True).stdout)"
+    )
+
+    def measured(code: str) -> int:
+        command = [sys.executable, "-c", parent, code]
+        return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+    assert 1e6 < measured(child) < 5e8
+    inherited = "import resource; print(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    assert measured(inherited) > 6e8, "negative control: what getrusage returns"
 
 
 def test_a_worker_that_cannot_load_is_one_clear_error(tmp_path: Path) -> None:

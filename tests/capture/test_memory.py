@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 CHILD = """
-import resource, sys, torch
+import sys, torch
 import workbench as wb
+from workbench.bench.worker import peak_bytes
 from workbench.capture import pipeline
 torch.set_num_threads(1)
 model = wb.load("nano", dtype=torch.float32)
@@ -23,12 +24,12 @@ if sys.argv[4] == "broken":  # the records of every unit stay in memory
         return computed
     pipeline.compute = keep_records
 wb.capture(model, sys.argv[1], sys.argv[2], record=record, unit_tokens=unit_tokens)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(peak_bytes())
 """
 
 
 def peak(path: Path, rows: list[dict[str, Any]], times: int, unit_tokens: int, pipeline: str = "ours") -> int:
-    """KiB at the most, of a job of its own over this many copies of the transcripts; pipeline: "ours" or "broken"."""
+    """Bytes at the most, of a job of its own over this many copies of the transcripts; pipeline: "ours" or "broken"."""
     file = path / f"{times}.jsonl"
     file.write_text("".join(json.dumps(row | {"id": f"{row['id']}/{i}"}) + "\n" for i in range(times) for row in rows))
     run = str(path / f"{times}-{pipeline}.zarr")

@@ -74,6 +74,19 @@ def test_prompts_without_an_answer_do_not_hide_information_on_the_task():
     assert np.mean(blind) > 0.9, "negative control"
 
 
+@pytest.mark.parametrize("axis", ["channel", "task"])
+def test_a_layer_without_counts_leaves_the_others_as_they_are(axis):
+    run = planted_run(seed=3, n_prompts=12, n_layers=3, channel_shift={"final": {1: 0.5}})
+    counts = run.summary("expert_count").copy(deep=True)
+    counts.loc[{"layer": 2}] = 0
+    lacking = dataclasses.replace(run, summaries={**run.summaries, "expert_count": counts})
+    complete, partial = (specialization(one, axis, n_permutations=99) for one in (run, lacking))
+    for name in ("label_information", "nmi", "p"):
+        np.testing.assert_allclose(partial[name][:2], complete[name][:2])
+        assert np.isnan(partial[name][2]), "negative control: it was zero for every layer"
+    assert np.isfinite(complete["p"]).all()
+
+
 def test_planted_dependence_is_found_where_it_is():
     run = planted_run(
         seed=3, n_prompts=20, n_layers=3, channel_shift={"final": {1: 0.5}}, effort_shift={"high": {2: 0.5}}

@@ -6,7 +6,6 @@ is random, in gpt-oss-20b's width: two layers, one with a window and one without
 
 import json
 import os
-import resource
 import statistics
 import sys
 import tempfile
@@ -24,7 +23,7 @@ import torch
 from workbench.bench.decode import CONTEXTS, STEPS, Decoder, steps
 from workbench.bench.decode import run as run_decode
 from workbench.bench.table import processor
-from workbench.bench.worker import Worker, overheads
+from workbench.bench.worker import Worker, overheads, peak_bytes
 from workbench.counting import signed
 from workbench.model.config import PUBLISHED
 from workbench.model.export import save_random
@@ -290,9 +289,8 @@ def _work(name: str, checkpoint: str) -> None:
         with torch.no_grad():
             answer = forwards[path](tokens, **options)
         seconds = time.perf_counter() - start
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         more = answer if type(answer) is dict else {}
-        print(json.dumps({"seconds": seconds, "peak_bytes": peak, **more}), flush=True)
+        print(json.dumps({"seconds": seconds, "peak_bytes": peak_bytes(), **more}), flush=True)
 
 
 if __name__ == "__main__":

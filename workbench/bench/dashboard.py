@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from workbench.bench.table import processor, show
+from workbench.bench.worker import peak_bytes
 from workbench.child_processes import python
 from workbench.dashboards.state import RunRegistry
 from workbench.errors import InputError
@@ -132,7 +133,7 @@ def run(path: str, rounds: int, sessions: int, results: Path | None = None) -> d
             one = _medians(asyncio.run(_changes(url, chromium, rounds, 1)))
             many = asyncio.run(_changes(url, chromium, rounds, sessions))
             at_once, slowest = _medians(many), {name: max(values) for name, values in many.items()}
-            peak = _peak(server.pid)
+            peak = peak_bytes(server.pid) / 1e9
         finally:
             _stop(server)
     load = [round(before, 1), round(os.getloadavg()[0], 1)]
@@ -178,12 +179,6 @@ def _serve(path: str, cache: str) -> tuple[subprocess.Popen[bytes], str]:
 def _stop(server: subprocess.Popen[bytes]) -> None:
     server.terminate()
     server.wait(30)
-
-
-def _peak(pid: int) -> float:
-    """Most memory that a process had, in GB."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024 / 1e9
 
 
 def _make_studies(path: str, cache: Path) -> None:

@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -20,6 +19,7 @@ from typing import Any
 
 import torch
 
+from workbench.bench.worker import peak_bytes
 from workbench.capture.job import capture
 from workbench.child_processes import python
 from workbench.errors import JobError
@@ -103,7 +103,7 @@ def _work(folder: str, scratch: str, tokens: str, new: str, device: str) -> dict
     captured = capture(model, transcripts, Path(scratch) / "run.zarr")
     assert not captured.provenance["rejects"]
     times.append(time.perf_counter())
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    peak = peak_bytes()
     gpu = torch.cuda.max_memory_allocated() if model.device.type == "cuda" else None
     load_s, generate_s, capture_s = (b - a for a, b in itertools.pairwise(times))
     return {

@@ -2,7 +2,9 @@
 
 import json
 import os
+import resource
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -24,6 +26,18 @@ def overheads(run: Callable[[str], float], paths: Sequence[str], pairs: int) -> 
         for path in paths:
             ratios[path].append(seconds[path] / seconds["plain"])
     return ratios
+
+
+def peak_bytes(pid: int | None = None) -> int:
+    """Return the most memory that a process has had, this one by default.
+
+    Linux's `getrusage` also counts what the process that started this one had: it is asked on other systems only.
+    """
+    status = Path(f"/proc/{'self' if pid is None else pid}/status")
+    if status.exists():
+        return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    assert pid is None, "only Linux tells the memory of another process"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Worker:

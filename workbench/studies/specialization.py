@@ -7,6 +7,7 @@ labels give.
 Reference: OLMoE, arXiv 2409.02060, sections 5.2 to 5.4; its co-activation is P(j | i), ours with its lift.
 """
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -149,7 +150,8 @@ def specialization(run: Run, axis: str, *, n_permutations: int = N_PERMUTATIONS,
     names, by = _load_shares(run, counts, axis)
     if len(names) < 2:
         return None
-    there = ~np.isnan(by).any((2, 3))
+    recorded = ~np.isnan(by).all((0, 1, 3))  # layers
+    there = ~np.isnan(by[:, :, recorded]).any((2, 3)) & recorded.any()
     having = there.any(1)  # a prompt without a token of any label has nothing to shuffle
     by, there = np.nan_to_num(by[having]), there[having]
     rng = np.random.default_rng(seed)
@@ -162,7 +164,7 @@ def specialization(run: Run, axis: str, *, n_permutations: int = N_PERMUTATIONS,
     # channels and efforts are exchanged within prompts: one with a single label has nothing to exchange
     exchanged = int((there.any(1) if axis == "task" else there.sum(1) > 1).sum())
     tested = exchanged >= MIN_PROMPTS
-    p = permutation_p(larger, n_permutations) if tested else np.full(len(information), np.nan)
+    p = np.where(recorded, permutation_p(larger, n_permutations) if tested else np.nan, np.nan)
     with np.errstate(divide="ignore", invalid="ignore"):
         lift = observed / observed.mean(0)
     variables: dict[str, tuple[tuple[str, ...], np.ndarray]] = {
@@ -223,7 +225,7 @@ def _shuffled(
     A shuffle is a row of zeros and ones for each label, over prompts × labels: many are one product of matrices.
     """
     prompts_, kinds = there.shape
-    flat = by.reshape(prompts_ * kinds, -1)
+    flat = by.reshape(prompts_ * kinds, math.prod(by.shape[2:]))
     row = np.arange(prompts_)
     of = np.maximum(there.sum(0), 1)[:, None, None]
     for start in range(0, n, _AT_ONCE):
