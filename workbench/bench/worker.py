@@ -36,7 +36,7 @@ def peak_bytes(pid: int | None = None) -> int:
     status = Path(f"/proc/{'self' if pid is None else pid}/status")
     if status.exists():
         return 1024 * next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-    assert pid is None, "only Linux tells the memory of another process"
+    assert pid is None, "only Linux has a file with the memory of another process"
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
