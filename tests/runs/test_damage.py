@@ -177,10 +177,13 @@ def test_a_reader_that_unpacks_whatever_is_there_is_noticed(
         test_a_chunk_that_unpacks_to_gigabytes_is_refused(intact, tmp_path, "sequences/id", 2**32)
 
 
+LITTLE_ENDIAN = {"name": "bytes", "configuration": {"endian": "little"}}
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"codecs": [{"name": "bytes"}, {"name": "gzip", "configuration": {"level": 1}}]}, "is packed by 'gzip'"),
+        ({"codecs": [LITTLE_ENDIAN, {"name": "gzip", "configuration": {"level": 1}}]}, "is packed by 'gzip'"),
         ({"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [2**40]}}}, "has chunks of 1,099,"),
     ],
 )
