@@ -186,36 +186,45 @@ class StudyJobs:
             print(messages, file=sys.stderr)
             raise RuntimeError(f"the process ended with {process.returncode}; the server's log has the details")
 
-    def _attention(
-        self, path: str, digest: str, model: str, sequence: int, layers: str, name: str
-    ) -> dict[str, xr.Dataset]:
+    def _cached(self, digest: str, name: str, command: Callable[[str], Sequence[str]]) -> Path:
+        """Return the result of this name of a run or graph, which a command of `workbench` makes if it is not there.
+
+        command: returns the words of the command that writes the result to a path.
+        """
         cached = self._folder / f"{digest}-{_code()}" / name
         if not cached.exists():
             cached.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with tempfile.TemporaryDirectory(dir=cached.parent) as made:
-                out = f"{made}/out.npz"
-                chosen = ["--layers", layers] if layers else []
-                command = ("-m", "workbench.cli", "attention", "--model", model, "--out", out, *chosen, "--")
-                self._run(*command, path, str(sequence))
-                os.replace(out, cached)
+            with tempfile.TemporaryDirectory(dir=cached.parent, ignore_cleanup_errors=True) as made:
+                out = f"{made}/{name}"
+                self._run("-m", "workbench.cli", *command(out))
+                try:
+                    os.replace(out, cached)
+                except OSError:
+                    if not cached.exists():  # another server may have made it
+                        raise
         os.utime(cached.parent)
-        return {"attention": attention_file.read(cached)}
+        return cached
+
+    def _attention(
+        self, path: str, digest: str, model: str, sequence: int, layers: str, name: str
+    ) -> dict[str, xr.Dataset]:
+        chosen = ["--layers", layers] if layers else []
+
+        def command(out: str) -> list[str]:
+            return ["attention", "--model", model, "--out", out, *chosen, "--", path, str(sequence)]
+
+        return {"attention": attention_file.read(self._cached(digest, name, command))}
 
     def _graph_ablation(
         self, graph: Path, digest: str, model: str, nodes: list[str], saes: list[Path], name: str
     ) -> dict[str, xr.Dataset]:
-        cached = self._folder / f"{digest}-{_code()}" / name
-        if not cached.exists():
-            cached.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with tempfile.TemporaryDirectory(dir=cached.parent) as made:
-                out = f"{made}/out.json"
-                chosen = [word for node in nodes for word in ("--node", node)]
-                chosen += [word for folder in saes for word in ("--sae", str(folder))]
-                command = ("-m", "workbench.cli", "graph-ablation", "--model", model, "--out", out, *chosen, "--")
-                self._run(*command, str(graph))
-                os.replace(out, cached)
-        os.utime(cached.parent)
-        info = read_json(cached)["metadata"]["info"]
+        chosen = [word for node in nodes for word in ("--node", node)]
+        chosen += [word for folder in saes for word in ("--sae", str(folder))]
+
+        def command(out: str) -> list[str]:
+            return ["graph-ablation", "--model", model, "--out", out, *chosen, "--", str(graph)]
+
+        info = read_json(self._cached(digest, name, command))["metadata"]["info"]
         values = [info["measured"][node] for node in nodes]
         together = float(info["measured_together"]["value"])
         return {"ablation": xr.Dataset({"measured": ("node", values)}, {"node": nodes}, {"together": together})}
@@ -223,17 +232,11 @@ class StudyJobs:
     def _feature_ablation(
         self, path: str, digest: str, model: str, folder: Path, feature: int, name: str
     ) -> dict[str, xr.Dataset]:
-        cached = self._folder / f"{digest}-{_code()}" / name
-        if not cached.exists():
-            cached.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            with tempfile.TemporaryDirectory(dir=cached.parent, ignore_cleanup_errors=True) as made:
-                out = f"{made}/out"
-                options = ("--model", model, "--sae", str(folder), "--out", out)
-                self._run("-m", "workbench.cli", "feature-ablation", *options, "--", path, str(feature))
-                with suppress(FileExistsError):  # another server may have made it
-                    os.rename(out, cached)
-        os.utime(cached.parent)
-        return load(cached)["feature-ablation"]
+        def command(out: str) -> list[str]:
+            options = ["--model", model, "--sae", str(folder), "--out", out]
+            return ["feature-ablation", *options, "--", path, str(feature)]
+
+        return load(self._cached(digest, name, command))["feature-ablation"]
 
 
 def cache_folder() -> Path:
