@@ -113,3 +113,23 @@ def test_a_study_is_cached_though_its_server_was_killed(tmp_path: Path, run: Run
         assert process.wait(300) == (0 if finishes else -signal.SIGKILL)
         assert cached.exists() == finishes
     assert load(cached)["routing"]
+
+
+def test_a_folder_that_another_server_has_made_meanwhile_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs = StudyJobs(tmp_path)
+
+    def run_command(*command: str) -> None:
+        out = Path(command[-1])
+        for place in (out, out.parents[1] / out.name):
+            place.mkdir()
+            (place / "result").write_text("values")
+
+    monkeypatch.setattr(jobs, "_run", run_command)
+    cached = jobs._cached("digest", "a-result", lambda out: [out])
+    assert (cached / "result").read_text() == "values"
+    assert [place.name for place in cached.parent.iterdir()] == ["a-result"], "no temporary folder is left"
+    monkeypatch.setattr(jobs, "_run", lambda *command: None)
+    with pytest.raises(OSError, match="No such file"):  # negative control: nothing was written by either
+        jobs._cached("digest", "another-result", lambda out: [out])
