@@ -96,8 +96,8 @@ def test_the_speeds_are_those_that_the_benchmark_wrote() -> None:
         assert "| " + " | ".join(cells) + " |" in README
     long = result["long"]
     assert (
-        f"{long['tokens']:,} tokens through both layers, recorded, in at most {long['peak_bytes'] / 1e9:.1f} GB"
-        in README
+        f"{long['tokens']:,} tokens through both layers, recorded, "
+        f"in {long['seconds']:.0f} s and at most {long['peak_bytes'] / 1e9:.1f} GB" in README
     )
 
 
