@@ -23,51 +23,63 @@ from tests.serving import free_port, wait_for
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An sdist, and the wheel that is made of it and not of the checkout."""
-    out = tmp_path_factory.mktemp("dist")
-    source = tmp_path_factory.mktemp("source") / "checkout"
-    ours = {".venv", ".git", "runs", "site", "screenshots", "build", "dist", "tests", "docs"}
+PACKAGES = ("workbench", "dashboards", "kernels", "hooks", "data")
 
-    def leave(folder: str, names: list[str]) -> set[str]:
-        return {
-            n
-            for n in names
-            if n == "__pycache__"  # and caches that mypy and pytest write meanwhile
-            or (Path(folder) == ROOT and (n in ours or n.endswith(("egg-info", "_cache")) or n == ".hypothesis"))
-        }
 
-    shutil.copytree(ROOT, source, symlinks=True, ignore=leave)
+def tracked(*folders: str) -> list[str]:
+    """The paths that git holds in folders of the checkout, or all, links among them."""
+    listed = subprocess.run(
+        ["git", "-C", str(ROOT), "ls-files", "-z", "--", *folders], capture_output=True, text=True, check=True
+    )
+    return listed.stdout.rstrip("\0").split("\0")
+
+
+def copy_sources(target: Path) -> Path:
+    """The files that git holds, as they are in the checkout: what an archive of the sources has."""
+    for name in tracked():
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, target / name, follow_symlinks=False)
+    return target
+
+
+def build(source: Path, out: Path, *options: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "build", "-o", str(out), str(source)], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "build", *options, "-o", str(out), str(source)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a checkout with git, an sdist, and the wheel that is made of it and not of the checkout."""
+    source = copy_sources(tmp_path_factory.mktemp("source") / "checkout")
+    git = ["git", "-C", str(source), "-c", "user.name=Test", "-c", "user.email=test@localhost"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-q", "--no-verify", "-m", "Sources"]):
+        subprocess.run([*git, *command], check=True, capture_output=True)
+    out = tmp_path_factory.mktemp("dist")
+    build(source, out)
     return out
 
 
+def version_of(wheel: Path) -> str:
+    with zipfile.ZipFile(wheel) as archive:
+        about = archive.read(next(n for n in archive.namelist() if n.endswith("METADATA"))).decode()
+    return re.findall(r"^Version: (\S+)$", about, re.MULTILINE)[0]
+
+
 @pytest.mark.slow
-def test_wheel_and_sdist_hold_what_is_needed_and_nothing_of_ours(built: Path) -> None:
+def test_wheel_and_sdist_hold_every_file_of_the_packages_and_nothing_else(built: Path) -> None:
     (wheel,), (sdist,) = built.glob("*.whl"), built.glob("*.tar.gz")
     with zipfile.ZipFile(wheel) as archive:
-        names = archive.namelist()
-        about = archive.read(next(n for n in names if n.endswith("METADATA"))).decode()
-    for wanted in (
-        "workbench/py.typed",
-        "workbench/data/nano/model.safetensors",
-        "workbench/data/demo.zarr/zarr.json",
-        "workbench/dashboards/conversation.html",
-        "workbench/kernels/gpu/moe.py",
-        "workbench/hooks/names.py",
-    ):
-        assert wanted in names
-    assert not [n for n in names if n.startswith(("tests", "kernels", "hooks", "dashboards", "data", "docs"))]
-    assert sum(n.startswith("workbench/data/demo.zarr/") for n in names) == sum(
-        p.is_file() for p in (ROOT / "data/demo.zarr").rglob("*")
-    )
-    # the checkout that `built` copies has no git, so the version is the fallback
-    fallback = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools_scm"]["fallback_version"]
-    assert f"Version: {fallback}\n" in about
+        names = {n for n in archive.namelist() if ".dist-info/" not in n}
+        about = archive.read(next(n for n in archive.namelist() if n.endswith("METADATA"))).decode()
+    links = {f"workbench/{folder}" for folder in PACKAGES[1:]}
+    held = {n if n.startswith("workbench/") else f"workbench/{n}" for n in tracked(*PACKAGES)} - links
+    assert names == held
+    assert "+" in version_of(wheel), "the version is that of the commit"
     assert set(re.findall(r"Provides-Extra: (\S+)", about)) == {
         "dashboard",
         "figures",
@@ -77,8 +89,21 @@ def test_wheel_and_sdist_hold_what_is_needed_and_nothing_of_ours(built: Path) ->
         "dev",
     }
     with tarfile.open(sdist) as archive:
-        held = {n.partition("/")[2] for n in archive.getnames()}
-    assert {"pyproject.toml", "README.md", "LICENSE", "workbench/cli/__init__.py"} <= held
+        inside = {n.partition("/")[2] for n in archive.getnames()}
+    assert {"pyproject.toml", "README.md", "LICENSE", "workbench/cli/__init__.py"} <= inside
+
+
+@pytest.mark.slow
+def test_an_archive_without_git_builds_the_same_wheel_with_the_fallback_version(built: Path, tmp_path: Path) -> None:
+    build(copy_sources(tmp_path / "archive"), tmp_path, "--wheel")
+    contents = []
+    for folder in (built, tmp_path):
+        (wheel,) = folder.glob("*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            contents.append({n for n in archive.namelist() if ".dist-info/" not in n})
+    assert contents[0] == contents[1]
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert version_of(wheel) == settings["tool"]["setuptools_scm"]["fallback_version"]
 
 
 def dependencies(package: Distribution, extra: str) -> set[str]:
