@@ -153,7 +153,7 @@ def test_a_dataset_that_names_files_elsewhere_is_refused(tmp_path: Path) -> None
 def test_what_is_no_conversation_is_refused_with_the_list(tmp_path: Path) -> None:
     path = tmp_path / "x"
     path.write_text('{"rows": [1, 2]}')
-    with pytest.raises(InputError, match=r"expected an Inspect log.*ShareGPT.*lm-eval.*Parquet"):
+    with pytest.raises(InputError, match=r"--field prompt=.*an Inspect log.*ShareGPT.*lm-eval.*Parquet"):
         convert(path)
 
 

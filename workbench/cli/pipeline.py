@@ -156,13 +156,24 @@ def convert(
     out: Annotated[Path, typer.Argument(help="JSONL of transcripts to write.")],
     effort: Annotated[str | None, typer.Option(help="Reasoning effort of conversations that name none.")] = None,
     requests: Annotated[Path | None, typer.Option(help="Request file of an OpenAI batch, for its responses.")] = None,
+    field: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME=PATH of a field of rows that are not recognized, such as response=result.text; repeat for "
+            "several. Names: messages, or prompt and response, or text; and reasoning, system, id, prompt_id, effort, "
+            "expected, correct."
+        ),
+    ] = None,
+    rows: Annotated[str, typer.Option(help="Path of the list in each object whose entries are the rows.")] = "",
     overwrite: Overwrite = False,
 ) -> None:
     """Convert conversations that other programs stored to transcripts.
 
     It reads OpenAI chat and Responses logs and batches, vLLM outputs, Inspect logs, and files of Ollama, ShareGPT, TRL,
-    simple-evals, lm-eval and openai_harmony, as JSON, JSON Lines, Parquet or a saved dataset, compressed or not.
+    simple-evals, lm-eval and openai_harmony, as JSON, JSON Lines, Parquet or a saved dataset, compressed or not. Of any
+    other file, name the fields with --field.
     """
+    from workbench.harmony.formats.field_mapping import FieldMapping, parse_fields
     from workbench.harmony.hosts.files import convert as read
     from workbench.harmony.hosts.files import counts
     from workbench.harmony.transcripts import write_rows
@@ -171,13 +182,18 @@ def convert(
 
     inputs = [file, *([requests] if requests is not None else [])]
     check_output(out, command="convert", inputs=inputs, overwrite=overwrite, owned=written_by("convert"))
-    kind, rows, left_out = read(file, effort=effort, requests=requests)
+    mapping = FieldMapping(parse_fields(field or []), rows)
+    kind, conversations, left_out = read(file, effort=effort, requests=requests, mapping=mapping)
     for why in left_out[:20]:
         print(f"left out, {visible(why)}", file=sys.stderr)
-    if not rows:
+    if not conversations:
         raise InputError(f"{file}: {kind} without a conversation that can be used")
-    write_rows(out, rows, overwrite=overwrite, command="convert", inputs=inputs)
-    parts = [f"{count_of(len(rows), 'conversation')}", counts(rows), f"{len(left_out):,} left out" if left_out else ""]
+    write_rows(out, conversations, overwrite=overwrite, command="convert", inputs=inputs)
+    parts = [
+        f"{count_of(len(conversations), 'conversation')}",
+        counts(conversations),
+        f"{len(left_out):,} left out" if left_out else "",
+    ]
     print(f"{file}: {kind}, " + ", ".join(filter(None, parts)))
 
 

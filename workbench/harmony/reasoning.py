@@ -72,7 +72,7 @@ def reasoning_text(value: Any) -> tuple[str, bool]:
         kind = str(value.get("type", ""))
         hidden = value.get("redacted") or kind in ("reasoning.encrypted", "redacted_thinking")
         if not hidden:
-            for name in ("text", "reasoning", "thinking", "content"):
+            for name in ("text", "reasoning", "thinking", "content", "details"):
                 text, summary = reasoning_text(value.get(name))
                 if text:
                     return text, summary or kind in ("summary_text", "reasoning.summary")

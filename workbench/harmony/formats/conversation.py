@@ -64,8 +64,8 @@ def transcript_row(conversation: Conversation, effort: str | None) -> dict[str, 
         notes += [] if options.get("tools") or options.get("builtin_tools") else ["tools_not_rendered"]
     notes = [*c.notes, *notes, *notes_on(chat)]
     has_analysis = any(m.get("channel") == "analysis" for m in chat.messages)
-    row_own = c.meta.get("reasoning")  # a text of the row's own that is not this conversation's reasoning
-    own = {"reasoning_of_row": row_own} if isinstance(row_own, str) and row_own not in _REASONINGS else {}
+    row_own = c.meta.get("reasoning")  # of the row, and not this conversation's reasoning
+    own = {"reasoning_of_row": row_own} if row_own is not None and row_own not in _REASONINGS else {}
     meta = c.meta | own | {"reasoning": ("summary" if chat.summary else "verbatim") if has_analysis else "absent"}
     row |= {"effort": stated, "messages": chat.messages} | about | options
     return _present(row | {"notes": list(dict.fromkeys(notes)) or None, "meta": meta})

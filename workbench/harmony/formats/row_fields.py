@@ -21,7 +21,7 @@ _REASONING_OF_ROWS = [name for name in REASONING_FIELDS if name != "analysis"]  
 _AS_TEXT = ("messages", "conversations", "conversation", "request", "response")
 _OTHER_NAMES = ("conversation", "dialog", "dialogue", "chat", "turns")
 _MAX_META_CHARACTERS = 10_000  # of a field that nothing reads
-_IMAGES = {"image", "images", "image_url", "video", "videos", "audio", "audios"}
+IMAGES = {"image", "images", "image_url", "video", "videos", "audio", "audios"}
 # what `about` and `with_system` read
 _READ = {
     *("id", "custom_id", "request_id", "prompt_id", "effort", "reasoning_effort", "think", "chat_template_kwargs"),
@@ -93,7 +93,7 @@ def one_effort(*rows: Row) -> Any:
 
 def _unread(row: Row, read: Sequence[str]) -> dict[str, Any]:
     """Return the fields that nothing reads, or that have a type in which they cannot be read."""
-    known = {*_READ, *_IMAGES, *read}
+    known = {*_READ, *IMAGES, *read}
     return {
         name: value
         for name, value in row.items()
@@ -107,8 +107,14 @@ class _Nothing:
 
 def _metadata_of(row: Row, read: Sequence[str]) -> dict[str, Any]:
     """Return the fields that nothing reads and that metadata can hold."""
-    texts = {name: _as_json(value) for name, value in _unread(row, read).items()}
-    return {name: parse_json(text) for name, text in texts.items() if text is not None}
+    return storable(_unread(row, read))[0]
+
+
+def storable(fields: Row) -> tuple[dict[str, Any], bool]:
+    """Return the fields that metadata can hold, as JSON has them, and whether these are all."""
+    texts = {name: _as_json(value) for name, value in fields.items()}
+    stored = {name: parse_json(text) for name, text in texts.items() if text is not None}
+    return stored, len(stored) == len(fields)
 
 
 def _as_json(value: Any) -> str | None:
@@ -129,8 +135,8 @@ def _notes(row: Row, read: Sequence[str]) -> list[str]:
         if isinstance(row.get("notes"), list)
         else []
     )
-    own += ["images_left_out"] if any(row.get(name) not in (None, "", [], {}) for name in _IMAGES) else []
-    return [*own, *(["fields_left_out"] if any(_as_json(v) is None for v in _unread(row, read).values()) else [])]
+    own += ["images_left_out"] if any(row.get(name) not in (None, "", [], {}) for name in IMAGES) else []
+    return [*own, *([] if storable(_unread(row, read))[1] else ["fields_left_out"])]
 
 
 def object_of(value: Any) -> Mapping[str, Any]:

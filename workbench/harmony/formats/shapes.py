@@ -21,6 +21,7 @@ from workbench.harmony.reasoning import REASONING_FIELDS
 from workbench.harmony.transcripts import expected_text
 
 _API_FIELDS = ("messages", "input", "prompt", "instructions", "request", "response", "choices", "output", "message")
+_REASONING_SETTINGS = {"effort", "summary", "generate_summary", "max_tokens", "enabled", "exclude"}  # of a request
 _RESPONSE_TEXT = ("answer", "response", "completion", "output", "text", "generation")
 
 
@@ -61,7 +62,7 @@ def responses_of(response: Row) -> list[tuple[list[Any], bool | None, tuple[list
     """Return the messages of each answer of any API, whether it is complete, and the ids of prompt and answer.
 
     Raises:
-        InputError: the response has no choices, output or message.
+        InputError: the response has no choices, output, message or content.
     """
     if _is_list(response, "choices"):
         return [_choice(choice, response) for choice in response["choices"]]
@@ -75,7 +76,10 @@ def responses_of(response: Row) -> list[tuple[list[Any], bool | None, tuple[list
     if isinstance(response.get("response"), str):  # Ollama's generate
         message = {"role": "assistant", "content": response["response"], "thinking": response.get("thinking")}
         return [([message], is_complete(response), None)]
-    raise InputError("the response has no choices, output or message")
+    if isinstance(response.get("content"), str):  # a message with what is known of the response
+        message = {name: response[name] for name in ("content", "tool_calls", *REASONING_FIELDS) if name in response}
+        return [([{"role": "assistant", **message}], is_complete(response), None)]
+    raise InputError("the response has no choices, output, message or content")
 
 
 def _choice(choice: Row, response: Row) -> tuple[list[Any], bool | None, tuple[list[int], list[int]] | None]:
@@ -106,11 +110,21 @@ def paired(request: Row, response: Row, beside: Row) -> Iterator[Conversation]:
     """Yield conversations of a request and its response. beside: further fields of the row, such as an id."""
     body = object_of(response.get("body")) or response
     own = {**request, **{k: v for k, v in beside.items() if v is not None}}
-    fields = about(own, *_API_FIELDS) | {"effort": one_effort(own, body)}
-    for messages, complete, exact in responses_of(body):
+    answers = responses_of(body)
+    for written, complete, exact in answers:
         tokens = ([*exact[0], *exact[1]], len(exact[0])) if exact else None
         asked = [] if tokens else _request_messages(request)
+        # of several answers, nothing shows which one the row's reasoning belongs to
+        alone = not tokens and len(answers) == 1
+        messages, read = with_reasoning(_reasoning_of(own), written) if alone else (written, [])
+        fields = about(own, *_API_FIELDS, *read) | {"effort": one_effort(own, body)}
         yield Conversation([*asked, *messages], **{**fields, "complete": complete}, tokens=tokens)
+
+
+def _reasoning_of(row: Row) -> Row:
+    """Return the reasoning that a row keeps beside its request, without a request's settings of reasoning."""
+    values = {name: row[name] for name in REASONING_FIELDS if row.get(name)}
+    return {n: v for n, v in values.items() if not isinstance(v, Mapping) or not {*v} <= _REASONING_SETTINGS}
 
 
 def _pair(row: Row) -> Iterator[Conversation]:
@@ -306,7 +320,8 @@ def _prompt_answer(row: Row) -> Iterator[Conversation]:
 
 def _text(row: Row) -> Iterator[Conversation]:
     """A conversation as one text with marks, as chat templates render it."""
-    text = row["text"].rstrip()
+    # a text that ends where the next answer begins holds the one before it in full
+    text = row["text"].rstrip().removesuffix("<|start|>assistant")
     complete = True if text.endswith(("<|return|>", "<|call|>")) else None if text.endswith("<|end|>") else False
     fields = about(row, "text")
     yield Conversation(

@@ -15,6 +15,7 @@ from workbench.harmony.flags import counted, flags_of_row, sequence_flags
 from workbench.harmony.formats import inspect_logs
 from workbench.harmony.formats.containers import objects
 from workbench.harmony.formats.conversation import Conversation, error_text, transcript_row
+from workbench.harmony.formats.field_mapping import FINDINGS, FieldMapping, is_findings
 from workbench.harmony.formats.row_fields import decoded
 from workbench.harmony.formats.shapes import SHAPES, has_messages, paired, shape_of
 from workbench.harmony.labels import label
@@ -29,14 +30,20 @@ READABLE = (
     "an Inspect log (.eval or .json), " + ", ".join(shape.name for shape in SHAPES) + "; as JSON Lines, a JSON array, "
     "JSON documents, Parquet or a saved dataset, plain or packed by gzip or zstd"
 )
+_NAME_FIELDS = "name its fields with --field, such as --field prompt=question --field response=output, or give "
 
 
 def convert(
-    path: str | Path, *, effort: str | None = None, requests: str | Path | None = None
+    path: str | Path,
+    *,
+    effort: str | None = None,
+    requests: str | Path | None = None,
+    mapping: FieldMapping | None = None,
 ) -> tuple[str, list[dict[str, Any]], list[str]]:
     """Return the kind of a file, a transcript row for each conversation, and why others were left out.
 
-    effort: of conversations that name none. requests: the request file of an OpenAI batch.
+    effort: of conversations that name none. requests: the request file of an OpenAI batch. mapping: where the fields of
+    a conversation are, in rows of a shape that is not recognized.
 
     Raises:
         InputError: an unknown effort, or a file that is in none of the formats that can be read.
@@ -45,7 +52,7 @@ def convert(
         raise InputError(f"--effort {effort}: choose from {', '.join(EFFORTS)}")
     with _readable(path) as source, _readable(requests) if requests else nullcontext() as asked:
         try:
-            return _converted(source, asked, effort)
+            return _converted(source, asked, effort, mapping or FieldMapping())
         except InputError as error:
             raise InputError(str(error).replace(str(source), str(path)).replace(str(asked), str(requests))) from error
 
@@ -55,13 +62,15 @@ def _readable(path: str | Path) -> AbstractContextManager[Path]:
     return nullcontext(Path(path)) if Path(path).is_dir() else regular_file(path)
 
 
-def _converted(path: Path, requests: Path | None, effort: str | None) -> tuple[str, list[dict[str, Any]], list[str]]:
+def _converted(
+    path: Path, requests: Path | None, effort: str | None, mapping: FieldMapping
+) -> tuple[str, list[dict[str, Any]], list[str]]:
     """Return what `convert` does, of files that can be read."""
     kinds: dict[str, None] = {}
     rows: list[dict[str, Any]] = []
     left_out: list[str] = []
     size = 0
-    for kind, where, conversation in _conversations(path, requests):
+    for kind, where, conversation in _conversations(path, requests, mapping):
         if kind:
             kinds[kind] = None
         try:
@@ -85,7 +94,9 @@ def _converted(path: Path, requests: Path | None, effort: str | None) -> tuple[s
                 raise InputError(f"{path} holds more than {_MOST_BYTES:,} bytes of conversations: split it")
     if not kinds:
         why = f" ({left_out[0]})" if left_out else ""
-        raise InputError(f"{path} is not a file of conversations that can be read{why}; expected {READABLE}")
+        if mapping != FieldMapping():
+            raise InputError(f"{path} has no row with the named fields{why}: name others with --field and --rows")
+        raise InputError(f"{path} is not a file of conversations that can be read{why}: {_NAME_FIELDS}{READABLE}")
     return " and ".join(kinds), _distinct(rows), left_out
 
 
@@ -119,7 +130,7 @@ def _distinct(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 Found = Iterator[tuple[str, str, Conversation | Exception]]
 
 
-def _conversations(path: Path, requests: str | Path | None) -> Found:
+def _conversations(path: Path, requests: str | Path | None, mapping: FieldMapping) -> Found:
     """The kind of each conversation, where it is, and the conversation, or why there is none."""
     if path.is_file() and inspect_logs.is_zip(path):
         yield from (("an Inspect log", *conversation) for conversation in inspect_logs.read_zip(path))
@@ -133,10 +144,12 @@ def _conversations(path: Path, requests: str | Path | None) -> Found:
             yield from (("an Inspect log" + form, *conversation) for conversation in inspect_logs.read_document(value))
             return
         first = False
-        yield from _of_value(value, where, form, asked)
+        rows = FINDINGS if mapping == FieldMapping() and is_findings(value) else mapping
+        for place, row in rows.expanded(value, where) if not isinstance(value, Exception) else [(where, value)]:
+            yield from _of_row(row, place, form, asked)
 
 
-def _of_value(value: Any, where: str, form: str, asked: dict[str, Any]) -> Found:
+def _of_row(value: Any, where: str, form: str, asked: dict[str, Any]) -> Found:
     if isinstance(value, Exception):
         yield "", where, value
         return
