@@ -161,7 +161,7 @@ def convert(
         typer.Option(
             help="NAME=PATH of a field of rows that are not recognized, such as response=result.text; repeat for "
             "several. Names: messages, or prompt and response, or text; and reasoning, system, id, prompt_id, effort, "
-            "expected, correct."
+            "expected, correct, finish_reason."
         ),
     ] = None,
     rows: Annotated[str, typer.Option(help="Path of the list in each object whose entries are the rows.")] = "",

@@ -62,7 +62,8 @@ REASONS = (
     "stopReason",
     "native_finish_reason",
 )
-OBJECTS = ("meta_info", "details", "stats", "response_metadata", "generation_info")  # that may hold the reasons
+# objects that may hold the reasons; EvalScope's model_output holds them in its choice
+OBJECTS = ("meta_info", "details", "stats", "response_metadata", "generation_info", "model_output")
 
 
 def is_complete(fields: Mapping[str, Any]) -> bool | None:
@@ -82,6 +83,10 @@ def is_complete(fields: Mapping[str, Any]) -> bool | None:
     if fields.get("truncated") or fields.get("incomplete_details") or fields.get("done") is False:
         return False
     objects = [fields, *(inner for name in OBJECTS if isinstance(inner := fields.get(name), Mapping))]
+    choices = [
+        inner["choices"][0] for inner in objects[1:] if isinstance(inner.get("choices"), list) and inner["choices"]
+    ]
+    objects += [choice for choice in choices if isinstance(choice, Mapping)]
     reasons = {name: [_reason(part.get(name)) for part in objects] for name in REASONS}
     stated = {reason for own in reasons.values() for reason in own}
     if stated & (_CUT | _AT_A_STOP_TEXT) or any(_is_at_stop_text(part) for part in objects):

@@ -45,7 +45,7 @@ def write(path: Path, *rows: Any) -> Path:
     return path
 
 
-def said(row: dict[str, Any]) -> list[tuple[str, str | None, str]]:
+def contents(row: dict[str, Any]) -> list[tuple[str, str | None, str]]:
     return [(m["role"], m.get("channel"), m["content"]) for m in row["messages"]]
 
 
@@ -53,12 +53,12 @@ def test_named_fields_make_conversations_and_all_else_stays_metadata(tmp_path: P
     fields = {"prompt": "prompt", "response": "response", "reasoning": "thinking", "id": "finding_id"}
     mapping = FieldMapping({**fields, "effort": "/session.effort"}, rows="findings")
     _, rows, left_out = convert(write(tmp_path / "e.json", EXPORT), mapping=mapping)
-    assert said(rows[0]) == [
+    assert contents(rows[0]) == [
         ("user", None, "2+2"),
         ("assistant", "analysis", "Two and two."),
         ("assistant", "final", "4"),
     ]
-    assert said(rows[1]) == [("user", None, "3+3"), ("assistant", "final", "6")]
+    assert contents(rows[1]) == [("user", None, "3+3"), ("assistant", "final", "6")]
     assert [(row["id"], row["effort"]) for row in rows] == [("f1", "high"), ("f2", "high")]
     # another program's field of the name of a field of ours is neither read nor lost
     assert rows[0]["meta"]["reasoning_of_row"] == "No exploit."
@@ -70,7 +70,7 @@ def test_a_path_leads_through_objects_lists_and_names_with_dots(tmp_path: Path) 
     row = {"log.prompt": "2+2", "result": {"choices": [{"text": "5"}, {"text": "4"}], "seconds": 1.5}}
     mapping = FieldMapping({"prompt": "log.prompt", "response": "result.choices.1.text"})
     _, rows, left_out = convert(write(tmp_path / "r.jsonl", row), mapping=mapping, effort="low")
-    assert (said(rows[0]), left_out) == ([("user", None, "2+2"), ("assistant", "final", "4")], [])
+    assert (contents(rows[0]), left_out) == ([("user", None, "2+2"), ("assistant", "final", "4")], [])
     assert rows[0]["meta"]["result"]["seconds"] == 1.5
     missing = FieldMapping({"prompt": "log.prompt", "response": "result.choices.2.text"})
     with pytest.raises(InputError, match=r"it has no result.choices.2.text \(response\); its fields are 'log.prompt'"):
@@ -79,21 +79,38 @@ def test_a_path_leads_through_objects_lists_and_names_with_dots(tmp_path: Path) 
 
 def test_the_reasoning_and_the_text_of_a_response_beside_its_request_are_read(tmp_path: Path) -> None:
     _, rows, _ = convert(write(tmp_path / "l.jsonl", LOGGED), effort="low")
-    assert said(rows[0])[1:] == [("assistant", "analysis", "It promotes a course."), ("assistant", "final", "INVALID")]
+    assert contents(rows[0])[1:] == [
+        ("assistant", "analysis", "It promotes a course."),
+        ("assistant", "final", "INVALID"),
+    ]
     details = {"summary": "Promotes.", "details": [{"type": "reasoning.text", "text": "It promotes a course."}]}
     _, rows, _ = convert(write(tmp_path / "l.jsonl", LOGGED | {"reasoning": details}), effort="low")
-    assert said(rows[0])[1] == ("assistant", "analysis", "It promotes a course.")
+    assert contents(rows[0])[1] == ("assistant", "analysis", "It promotes a course.")
     assert rows[0]["meta"]["reasoning"] == "verbatim"
     # a negative control: the settings of a request are not reasoning
     settings = LOGGED | {"reasoning": {"effort": "high", "summary": "auto"}}
     _, rows, _ = convert(write(tmp_path / "l.jsonl", settings))
-    assert said(rows[0])[1:] == [("assistant", "final", "INVALID")]
+    assert contents(rows[0])[1:] == [("assistant", "final", "INVALID")]
     assert rows[0]["effort"] == "high"
+
+
+def test_an_answer_that_was_cut_off_is_truncated(tmp_path: Path) -> None:
+    """By a named field, and by the choice of a prediction of EvalScope, whose messages state no reason."""
+    row = {"q": "2+2", "a": {"text": "4 is", "why": "length"}}
+    mapping = FieldMapping({"prompt": "q", "response": "a.text", "finish_reason": "a.why"})
+    _, rows, _ = convert(write(tmp_path / "r.jsonl", row), mapping=mapping, effort="low")
+    assert rows[0]["complete"] is False
+    output = {"choices": [{"message": {"role": "assistant", "content": "4 is"}, "stop_reason": "max_tokens"}]}
+    prediction = {"messages": [{"role": "user", "content": "2+2"}, {"role": "assistant", "content": "4 is"}]}
+    _, rows, _ = convert(write(tmp_path / "p.jsonl", prediction | {"model_output": output}), effort="low")
+    assert rows[0]["complete"] is False
+    _, rows, _ = convert(write(tmp_path / "p.jsonl", prediction), effort="low")
+    assert rows[0].get("complete") is not False, "a negative control: without a reason, nothing states that it was cut"
 
 
 def test_each_text_of_a_red_teaming_finding_is_a_conversation(tmp_path: Path) -> None:
     _, rows, left_out = convert(write(tmp_path / "f.json", FINDINGS))
-    assert [said(row)[2:] for row in rows] == [
+    assert [contents(row)[2:] for row in rows] == [
         [("assistant", "analysis", "A greeting."), ("assistant", "final", "Hello")]
     ] * 3
     assert [row["effort"] for row in rows] == ["medium"] * 3

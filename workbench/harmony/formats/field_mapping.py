@@ -25,6 +25,7 @@ NAMES = {
     "effort": "effort",
     "expected": "target",
     "correct": "correct",
+    "finish_reason": "finish_reason",
 }
 _CONVERSATIONS = ({"messages"}, {"prompt", "response"}, {"text"})  # the names that make a conversation
 _ABSENT = object()
