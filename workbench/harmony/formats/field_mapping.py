@@ -103,8 +103,8 @@ def _at(value: Any, path: str) -> Any:
     for end in [i for i, character in enumerate(path) if character == "."]:
         first, rest = path[:end], path[end + 1 :]
         inner = _entry(value, first)
-        if inner is not _ABSENT and (found := _at(inner, rest)) is not _ABSENT:
-            return found
+        if inner is not _ABSENT and (last := _at(inner, rest)) is not _ABSENT:
+            return last
     return _entry(value, path)
 
 
