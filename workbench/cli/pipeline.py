@@ -165,6 +165,10 @@ def convert(
         ),
     ] = None,
     rows: Annotated[str, typer.Option(help="Path of the list in each object whose entries are the rows.")] = "",
+    role: Annotated[
+        list[str] | None,
+        typer.Option(help="A role in the rows and harmony's role for it, such as bot=assistant; repeat for several."),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Convert conversations that other programs stored to transcripts.
@@ -173,7 +177,7 @@ def convert(
     simple-evals, lm-eval and openai_harmony, as JSON, JSON Lines, Parquet or a saved dataset, compressed or not. Of any
     other file, name the fields with --field.
     """
-    from workbench.harmony.formats.field_mapping import FieldMapping, parse_fields
+    from workbench.harmony.formats.field_mapping import FieldMapping, parse_pairs
     from workbench.harmony.hosts.files import convert as read
     from workbench.harmony.hosts.files import counts
     from workbench.harmony.transcripts import write_rows
@@ -182,7 +186,7 @@ def convert(
 
     inputs = [file, *([requests] if requests is not None else [])]
     check_output(out, command="convert", inputs=inputs, overwrite=overwrite, owned=written_by("convert"))
-    mapping = FieldMapping(parse_fields(field or []), rows)
+    mapping = FieldMapping(parse_pairs("--field", field or []), rows, parse_pairs("--role", role or []))
     kind, conversations, left_out = read(file, effort=effort, requests=requests, mapping=mapping)
     for why in left_out[:20]:
         print(f"left out, {visible(why)}", file=sys.stderr)

@@ -8,7 +8,7 @@ import pytest
 
 from tests.cli.running import run_command
 from workbench.errors import InputError
-from workbench.harmony.formats.field_mapping import FieldMapping, parse_fields
+from workbench.harmony.formats.field_mapping import FieldMapping, parse_pairs
 from workbench.harmony.hosts.files import convert
 
 # the shapes of three public logs of gpt-oss-20b
@@ -94,6 +94,18 @@ def test_the_reasoning_and_the_text_of_a_response_beside_its_request_are_read(tm
     assert rows[0]["effort"] == "high"
 
 
+def test_roles_of_another_program_are_named(tmp_path: Path) -> None:
+    turns = [{"role": "attacker", "content": "Hi"}, {"role": "target", "content": "Hello"}]
+    source = write(tmp_path / "s.json", {"attempts": [{"turns": turns}]})
+    fields = {"messages": "turns"}
+    _, rows, _ = convert(
+        source, mapping=FieldMapping(fields, "attempts", {"attacker": "user", "target": "assistant"}), effort="low"
+    )
+    assert contents(rows[0]) == [("user", None, "Hi"), ("assistant", "final", "Hello")]
+    # a negative control: without them, the first role that nothing names is refused
+    assert "unknown role 'attacker'" in convert(source, mapping=FieldMapping(fields, "attempts"), effort="low")[2][0]
+
+
 def test_an_answer_that_was_cut_off_is_truncated(tmp_path: Path) -> None:
     """By a named field, and by the choice of a prediction of EvalScope, whose messages state no reason."""
     row = {"q": "2+2", "a": {"text": "4 is", "why": "length"}}
@@ -124,10 +136,12 @@ def test_each_text_of_a_red_teaming_finding_is_a_conversation(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["--field", "prompt"], "--field 'prompt': expected NAME=PATH, each name once"),
+        (["--field", "prompt"], "--field 'prompt': expected two parts with = between them, each name once"),
         (["--field", "promt=a"], "--field promt=…: choose from messages, prompt"),
         (["--field", "prompt=a"], "--field: name the field of messages, those of prompt and response, or that of text"),
         (["--field", "text="], "--field text=: name the path of the field"),
+        (["--field", "messages=a", "--role", "bot=robot"], "--role …=robot: choose from"),
+        (["--role", "bot=assistant"], "--role: name the field of the messages with --field messages=PATH"),
         (["--rows", "nothing"], "it has no list nothing; its fields are 'export_id', 'session', 'findings'"),
     ],
 )
@@ -144,4 +158,4 @@ def test_the_command_takes_fields_and_rows(tmp_path: Path) -> None:
     result = run_command("convert", str(write(tmp_path / "e.json", EXPORT)), str(tmp_path / "out.jsonl"), *words)
     assert result.code == 0, result.err
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 2
-    assert parse_fields(["prompt=a=b"]) == {"prompt": "a=b"}
+    assert parse_pairs("--field", ["prompt=a=b"]) == {"prompt": "a=b"}

@@ -10,6 +10,7 @@ from typing import Any
 
 from workbench.errors import InputError
 from workbench.harmony.formats.row_fields import IMAGES, storable
+from workbench.harmony.labels import ROLES
 from workbench.harmony.messages import shown
 
 # what a field can be called, and the name under which readers of rows find it
@@ -36,18 +37,23 @@ class FieldMapping:
     """Which values of an object are the fields of a conversation.
 
     fields: a path for each name of NAMES. rows: the path of a list in each object whose entries are the rows; "" if the
-    object is a row.
+    object is a row. roles: harmony's role for each role that another program gave its messages.
     """
 
     fields: Mapping[str, str] = field(default_factory=dict)
     rows: str = ""
+    roles: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Check the names and that they make a conversation.
 
         Raises:
-            InputError: a name is unknown, its path is empty, or the names do not make a conversation.
+            InputError: a name or a role is unknown, a path is empty, or the names do not make a conversation.
         """
+        if wrong := [role for role in self.roles.values() if role not in ROLES]:
+            raise InputError(f"--role …={wrong[0]}: choose from {', '.join(ROLES)}")
+        if self.roles and not {"messages", "prompt"} & {*self.fields}:
+            raise InputError("--role: name the field of the messages with --field messages=PATH")
         if unknown := [name for name in self.fields if name not in NAMES]:
             raise InputError(f"--field {unknown[0]}=…: choose from {', '.join(NAMES)}")
         if self.fields and not any(names <= {*self.fields} for names in _CONVERSATIONS):
@@ -85,10 +91,16 @@ class FieldMapping:
         meta, all_stored = storable(rest)
         return {
             **images,
-            **{NAMES[name]: value for name, value in present.items()},
+            **{NAMES[name]: self._with_roles(value) for name, value in present.items()},
             "meta": meta,
             "notes": [] if all_stored else ["fields_left_out"],
         }
+
+    def _with_roles(self, value: Any) -> Any:
+        """Return messages with harmony's roles, and anything else as it is."""
+        if not self.roles or not isinstance(value, list) or not all(isinstance(one, Mapping) for one in value):
+            return value
+        return [{**one, "role": self.roles.get(one.get("role", ""), one.get("role"))} for one in value]
 
     def _value(self, path: str, entry: Any, around: Mapping[str, Any]) -> Any:
         if path == ".":
@@ -137,19 +149,19 @@ def _fields_of(value: Any) -> str:
     return f"its fields are {', '.join(map(shown, list(value)[:20]))}"
 
 
-def parse_fields(pairs: Sequence[str]) -> dict[str, str]:
-    """Return NAME=PATH pairs as an object.
+def parse_pairs(option: str, pairs: Sequence[str]) -> dict[str, str]:
+    """Return NAME=VALUE pairs of an option as an object.
 
     Raises:
         InputError: a pair has no `=`, or a name comes twice.
     """
-    fields: dict[str, str] = {}
+    values: dict[str, str] = {}
     for pair in pairs:
-        name, equals, path = pair.partition("=")
-        if not equals or name in fields:
-            raise InputError(f"--field {shown(pair)}: expected NAME=PATH, each name once")
-        fields[name] = path
-    return fields
+        name, equals, value = pair.partition("=")
+        if not equals or name in values:
+            raise InputError(f"{option} {shown(pair)}: expected two parts with = between them, each name once")
+        values[name] = value
+    return values
 
 
 # The findings of the red-teaming challenge for gpt-oss-20b, by the schema that its submissions had: a text with marks
