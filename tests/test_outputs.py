@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -133,6 +134,35 @@ def test_a_failure_leaves_everything_as_it_was(tmp_path: Path, monkeypatch: pyte
     left.mkdir()
     put(out, overwrite=True)
     assert not left.exists()
+
+
+@pytest.mark.parametrize("write", [put, lambda path, **options: write_files({path.name: "new"}, path.parent, **options)])
+def test_a_disk_that_fills_after_the_rename_leaves_a_complete_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[..., None]
+) -> None:
+    """The marker could not be shortened: the command succeeds, and may replace its output later."""
+    out, list_files = tmp_path / "out", outputs._write_marker
+
+    def full(*arguments: Any, also: bool = False) -> None:
+        if not also:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        list_files(*arguments, also=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(outputs, "_write_marker", full)
+        write(out, command="export")
+    write(out, command="export", overwrite=True)
+    assert out.read_text() == "new"
+
+
+def test_an_output_in_a_staged_folder_is_named_as_the_user_named_it(tmp_path: Path) -> None:
+    """As the file of a function that stages for itself, called by a command that does."""
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match=rf"^{out} cannot be written: 9 requested and 2 written; the disk may be full$"):
+        with staged(out, command="convert") as outer, staged(outer, command="write_gguf") as part:
+            part.write_text("half")
+            raise OSError("9 requested and 2 written")
+    assert contents(tmp_path) == {}
 
 
 @pytest.mark.parametrize("moment", ["before the rename", "after the rename"])
