@@ -267,7 +267,7 @@ def write_files(
     """
     refuse_paths(files)
     out = check_folder(out_dir, inputs=inputs)
-    with write_errors(out), made_parents(out / "file"):
+    with write_errors(out if out.name else out.absolute()), made_parents(out / "file"):
         listing = _listing(out, marker)
         with FileLock(listing), staging_folder(out / MARKER) as staging:
             known = read_marker(listing)
