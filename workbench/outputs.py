@@ -116,9 +116,9 @@ def _is_run(folder: Path) -> bool:
     return (folder / "zarr.json").exists()
 
 
-def _check_parents(path: Path) -> None:
-    """Refuse a parent that is not a folder, or in which nothing can be made."""
-    for parent in path.absolute().parents:
+def _check_parents(path: Path, *, is_folder: bool = False) -> None:
+    """Refuse a parent that is not a folder, or in which nothing can be made. is_folder: the path may be one, too."""
+    for parent in [*([path.absolute()] if is_folder else []), *path.absolute().parents]:
         try:
             mode = os.stat(parent).st_mode
         except FileNotFoundError:
@@ -301,7 +301,7 @@ def check_folder(out_dir: str | os.PathLike[str], *, inputs: Iterable[str | Path
         InputError: it is something else, lies in an input, or cannot be written.
     """
     out = Path(out_dir)
-    _check_parents(out / "file")
+    _check_parents(out, is_folder=True)
     refuse_inputs(out, inputs, holds_files=True)
     return out
 
