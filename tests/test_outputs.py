@@ -3,16 +3,21 @@
 import errno
 import itertools
 import os
+import resource
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from workbench import outputs
 from workbench.errors import InputError
+from workbench.experiments.jacobians import JacobianLens
+from workbench.model.safetensors_file import save_tensors
 from workbench.outputs import check_output, staged, write_files
 
 
@@ -133,6 +138,68 @@ def test_a_failure_leaves_everything_as_it_was(tmp_path: Path, monkeypatch: pyte
     left.mkdir()
     put(out, overwrite=True)
     assert not left.exists()
+
+
+def put_files(path: Path, **options: Any) -> None:
+    write_files({path.name: "new"}, path.parent, **options)
+
+
+@pytest.mark.parametrize("write", [put, put_files])
+def test_a_disk_that_fills_after_the_rename_leaves_a_complete_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[..., None]
+) -> None:
+    """The marker could not be shortened: the command succeeds, and may replace its output later."""
+    out, list_files = tmp_path / "out", outputs._write_marker
+
+    def full(*arguments: Any, also: bool = False) -> None:
+        if not also:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        list_files(*arguments, also=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(outputs, "_write_marker", full)
+        write(out, command="export")
+    write(out, command="export", overwrite=True)
+    assert out.read_text() == "new"
+
+
+def test_an_output_in_a_staged_folder_is_named_as_the_user_named_it(tmp_path: Path) -> None:
+    """As the file of a function that stages for itself, called by a command that does."""
+    out = tmp_path / "out"
+
+    def convert() -> None:
+        with staged(out, command="convert") as outer, staged(outer, command="write_gguf") as part:
+            part.write_text("half")
+            raise OSError("9 requested and 2 written")
+
+    with pytest.raises(
+        InputError, match=rf"^{out} cannot be written: 9 requested and 2 written; the disk may be full$"
+    ):
+        convert()
+    assert contents(tmp_path) == {}
+
+
+def save_with_torch(out: Path) -> None:
+    JacobianLens({0: torch.zeros(50, 50)}, 1, {}).save(out)
+
+
+def save_with_safetensors(out: Path) -> None:
+    with staged(out, command="export") as part:
+        save_tensors({"a": torch.zeros(1000)}, part)
+
+
+@pytest.mark.parametrize("save", [save_with_torch, save_with_safetensors])
+def test_a_library_that_cannot_write_names_the_output(tmp_path: Path, save: Callable[[Path], None]) -> None:
+    """torch raises a RuntimeError and safetensors an error of its own; the negative control is enough space."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(InputError, match=r"full cannot be written: (File too large|.*the disk may be full)"):
+            save(tmp_path / "full")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert contents(tmp_path) == {}
+    save(tmp_path / "space")
 
 
 @pytest.mark.parametrize("moment", ["before the rename", "after the rename"])

@@ -116,9 +116,9 @@ def _is_run(folder: Path) -> bool:
     return (folder / "zarr.json").exists()
 
 
-def _check_parents(path: Path) -> None:
-    """Refuse a parent that is not a folder, or in which nothing can be made."""
-    for parent in path.absolute().parents:
+def _check_parents(path: Path, *, is_folder: bool = False) -> None:
+    """Refuse a parent that is not a folder, or in which nothing can be made. is_folder: the path may be one, too."""
+    for parent in [*([path.absolute()] if is_folder else []), *path.absolute().parents]:
         try:
             mode = os.stat(parent).st_mode
         except FileNotFoundError:
@@ -143,9 +143,15 @@ def staged(
 ) -> Iterator[Path]:
     """Yield a path beside `out` for a file or folder, which replaces `out` when the block ends without an error.
 
+    An `out` that was itself yielded by this function, as that of a command to a function that writes a checkpoint, is
+    yielded as it is: the command locks and renames it, and its errors name the file that the user named.
+
     Raises:
         InputError: `out` may not be written, see `check_output`, or another process is writing it.
     """
+    if Path(out).parent.name.endswith(_STAGING):
+        yield Path(out)
+        return
     inputs = list(inputs)
     path = check_output(out, command=command, inputs=inputs, overwrite=overwrite, owned=owned)
     with made_parents(path), FileLock(path), staging_folder(path) as folder:
@@ -168,7 +174,8 @@ def write_errors(path: str | Path) -> Iterator[None]:
     except OSError as error:
         if error.errno == errno.ENOMEM:
             raise
-        raise InputError(f"{path} cannot be written: {error.strerror or error}") from error
+        reason = error.strerror or f"{error}; the disk may be full"  # NumPy states neither reason nor number
+        raise InputError(f"{path} cannot be written: {reason}") from error
 
 
 @contextmanager
@@ -231,7 +238,7 @@ def _publish(part: Path, path: Path, staging: Path, command: str, *, mark: bool)
         _write_marker(marker, {path.name: (command, digest)}, staging, also=True)
     os.replace(part, path)
     if mark:
-        _write_marker(marker, {path.name: (command, digest)}, staging)
+        _list_new_alone(marker, {path.name: (command, digest)}, staging)
 
 
 def replace_folder(part: Path, path: Path, staging: Path) -> None:
@@ -260,7 +267,7 @@ def write_files(
     """
     refuse_paths(files)
     out = check_folder(out_dir, inputs=inputs)
-    with write_errors(out), made_parents(out / "file"):
+    with write_errors(out if out.name else out.absolute()), made_parents(out / "file"):
         listing = _listing(out, marker)
         with FileLock(listing), staging_folder(out / MARKER) as staging:
             known = read_marker(listing)
@@ -274,7 +281,7 @@ def write_files(
             _write_marker(listing, listed, staging, also=True)
             for name in files:
                 os.replace(staging / name, out / name)
-            _write_marker(listing, listed, staging)
+            _list_new_alone(listing, listed, staging)
     return [out / name for name in files]
 
 
@@ -294,7 +301,7 @@ def check_folder(out_dir: str | os.PathLike[str], *, inputs: Iterable[str | Path
         InputError: it is something else, lies in an input, or cannot be written.
     """
     out = Path(out_dir)
-    _check_parents(out / "file")
+    _check_parents(out, is_folder=True)
     refuse_inputs(out, inputs, holds_files=True)
     return out
 
@@ -397,3 +404,12 @@ def _write_marker(path: Path, files: Mapping[str, tuple[str, str]], staging: Pat
     part = staging / f"marker.{uuid.uuid4().hex}"
     part.write_text(json.dumps({"files": listed}, indent=1), encoding="utf-8")
     os.replace(part, path)
+
+
+def _list_new_alone(path: Path, files: Mapping[str, tuple[str, str]], staging: Path) -> None:
+    """Remove from a marker what the files replaced.
+
+    The outputs are complete by now: a disk without space for this leaves a marker that lists both contents.
+    """
+    with suppress(OSError):
+        _write_marker(path, files, staging)

@@ -113,3 +113,16 @@ def test_irregular_tags_are_flagged_in_an_answer_of_a_host() -> None:
     assert from_chat(reply).irregular
     reply = {"choices": [{"message": {"content": "<think>a</think>d"}, "finish_reason": "stop"}]}
     assert not from_chat(reply).irregular
+
+
+def test_marks_in_a_message_that_names_its_channel_are_irregular() -> None:
+    marked = "<|channel|>analysis<|message|>I think<|end|><|start|>assistant<|channel|>final<|message|>42"
+    assert read({"content": marked, "channel": "final"}).irregular
+    assert not read({"channel": "final"}).irregular
+
+
+def test_the_input_of_a_custom_tool_is_text_and_that_of_a_function_json() -> None:
+    custom = read({"tool_calls": [{"id": "a", "type": "custom", "custom": {"name": "sh", "input": "ls"}}]})
+    assert (custom.messages[-1]["content"], custom.messages[-1].get("content_type")) == ("ls", None)
+    function = read({"tool_calls": [{"id": "a", "function": {"name": "sh", "arguments": "{}"}}]})
+    assert function.messages[-1]["content_type"] == "json"

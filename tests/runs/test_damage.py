@@ -177,6 +177,7 @@ def test_a_reader_that_unpacks_whatever_is_there_is_noticed(
         test_a_chunk_that_unpacks_to_gigabytes_is_refused(intact, tmp_path, "sequences/id", 2**32)
 
 
+ZSTD = {"name": "zstd", "configuration": {"level": 1, "checksum": True}}
 LITTLE_ENDIAN = {"name": "bytes", "configuration": {"endian": "little"}}
 
 
@@ -185,17 +186,27 @@ LITTLE_ENDIAN = {"name": "bytes", "configuration": {"endian": "little"}}
     [
         ({"codecs": [LITTLE_ENDIAN, {"name": "gzip", "configuration": {"level": 1}}]}, "is packed by 'gzip'"),
         ({"chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [2**40]}}}, "has chunks of 1,099,"),
+        # what reads whole shards would read other values than zarr, which would read none for files of other names
+        ({"codecs": [{"name": "transpose", "configuration": {"order": [0]}}, LITTLE_ENDIAN, ZSTD]}, "by 'transpose'"),
+        ({"codecs": [{"name": "bytes", "configuration": {"endian": "big"}}, ZSTD]}, "of other names or another byte"),
+        ({"chunk_key_encoding": {"name": "v2", "configuration": {"separator": "."}}}, "of other names or another byte"),
+        ({"chunk_key_encoding": {"name": "default", "configuration": {"separator": "."}}}, "of other names or another"),
+        ({"dimension_names": ["row"]}, "has another shape, dtype or dimensions"),
     ],
 )
-def test_metadata_that_would_unpack_anything_is_refused(
-    intact: Path, tmp_path: Path, change: dict[str, object], reason: str
+@pytest.mark.parametrize("array", ["tokens/id", "tokens/message"])
+def test_metadata_that_would_be_read_as_something_else_is_refused(
+    intact: Path, tmp_path: Path, array: str, change: dict[str, object], reason: str
 ) -> None:
     run = shutil.copytree(intact, tmp_path / "run")
-    path = run / "tokens/id/zarr.json"
+    path = run / array / "zarr.json"
     path.write_text(json.dumps(json.loads(path.read_bytes()) | change))
     forge(run)
     with memory_limit(2**30), pytest.raises(DamageError, match=reason):
         values(open_run(run))
+    with memory_limit(2**30), pytest.raises(DamageError, match=reason):
+        list(open_run(run).blocks(array.partition("/")[2]))
+    assert {problem.where for problem in verify(run)} == {array}
 
 
 @contextlib.contextmanager

@@ -103,6 +103,8 @@ LIES: dict[str, tuple[Callable[[Path], None], str]] = {
     "a token of another sequence": (set_value("tokens/sequence", (2,), 5), "does not follow the sequence table"),
     "a gap that is a token": (set_value("tokens/sequence", (-1,), 5), "gap row"),
     "a message outside its sequence": (set_value("messages/end", (2,), 4000), "message 2 is not inside"),
+    "two sequences of one id": (set_value("sequences/id", (1,), "s0"), "two sequences have one id"),
+    "an offset in another sequence": (set_value("sequences/offset", (1,), 0), "do not follow its units"),
     "columns of unequal length": (shorter_column, "unequal length"),
     "an array of another dtype": (other_dtype, "expected"),
     "complete though it is not": (status, "status is complete|flag was cleared"),

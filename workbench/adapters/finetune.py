@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from workbench.adapters.taught import Example, read_examples
@@ -31,8 +30,9 @@ from workbench.inputs import open_regular, regular_file
 from workbench.kernels.logits import logprob
 from workbench.model.adapter_config import read_adapter_config
 from workbench.model.low_rank import LowRank
+from workbench.model.safetensors_file import save_tensors
 from workbench.model.transformer import GptOss
-from workbench.outputs import check_output, sha256, staged
+from workbench.outputs import check_output, sha256, staged, write_errors
 from workbench.progress import progress
 from workbench.signals import StopSignal
 from workbench.version import version
@@ -249,8 +249,9 @@ class Training:
         told = json.dumps(self._about | {"losses": self.losses, "tokens": self.tokens})
         part = self._state.with_name(f".{self._state.name}.{os.getpid()}{_PART}")
         try:
-            save_file(tensors, part, metadata={"training": told})
-            os.replace(part, self._state)
+            with write_errors(self._state):
+                save_tensors(tensors, part, metadata={"training": told})
+                os.replace(part, self._state)
         finally:
             part.unlink(missing_ok=True)
 

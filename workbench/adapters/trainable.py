@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from workbench.errors import InputError
@@ -23,6 +22,7 @@ from workbench.model.adapter_names import Target, targets
 from workbench.model.config import Config
 from workbench.model.lora import load_adapter, unload_adapter
 from workbench.model.low_rank import LowRank
+from workbench.model.safetensors_file import save_tensors
 from workbench.model.transformer import GptOss
 
 # What can be trained, by the name of a user's choice: the parts of a layer.
@@ -135,7 +135,7 @@ def write_folder(model: GptOss, updates: dict[str, LowRank], options: Options, f
             a, b = _as_stored(updates[target.part])
             name = f"base_model.model.{module}{inside}"
             tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
-    save_file(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+    save_tensors(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
     names = [_PEFT_NAMES[end] for name in options.parts for end in TRAINABLE[name]]
     base = model.checkpoint.path if model.checkpoint is not None else None
     config = {

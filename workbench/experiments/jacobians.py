@@ -94,7 +94,10 @@ class JacobianLens:
             "d_model": len(self.J[self.layers[0]]),
         }
         with staged(path, command="JacobianLens.save", overwrite=True, owned=_is_lens) as part:
-            torch.save(content | ({"metadata": self.metadata} if self.metadata else {}), part)
+            try:
+                torch.save(content | ({"metadata": self.metadata} if self.metadata else {}), part)
+            except RuntimeError as error:  # torch does not name the reason
+                raise OSError("not all bytes were written") from error
 
     @classmethod
     def load(cls, path: str | Path, model: GptOss) -> "JacobianLens":

@@ -22,7 +22,7 @@ import torch
 import xarray as xr
 from jaxtyping import Float, Int
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from workbench.errors import InputError
@@ -31,6 +31,7 @@ from workbench.experiments.token_selection import ROWS, SelectedTokens, Token, r
 from workbench.hooks.edits import Tokens
 from workbench.inputs import open_regular
 from workbench.kernels.logits import log_probabilities
+from workbench.model.safetensors_file import save_tensors
 from workbench.model.transformer import GptOss
 from workbench.outputs import staged
 
@@ -74,7 +75,7 @@ class TunedLens:
             InputError: the path is a link or a device, or holds something that is not a lens.
         """
         with staged(path, command="TunedLens.save", overwrite=True, owned=_is_lens) as part:
-            save_file({"A": self.A.contiguous(), "b": self.b.contiguous()}, part)
+            save_tensors({"A": self.A.contiguous(), "b": self.b.contiguous()}, part)
 
     @classmethod
     def load(cls, path: str | Path, model: GptOss) -> "TunedLens":

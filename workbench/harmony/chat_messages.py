@@ -281,6 +281,7 @@ class _Reader:
         if isinstance(content, str):
             if content and self._split and message.get("channel") is None:
                 return self._split_text(content, truncated, has_reasoning)
+            self.result.irregular |= self._split and is_marked(content)  # of which its channel is one of several
             return [_Segment("text", content)]
         if not isinstance(content, list):
             raise _MessageError(f"its content is {shown(content)}; expected text")
@@ -348,13 +349,15 @@ class _Reader:
         builtin = recipient.partition(".")[0] in _BUILTIN_NAMES
         made = _Call(recipient, "analysis" if builtin else "commentary")
         self._remember(_id(call.get("call_id"), call.get("id")), made)
-        return {
+        written = {
             "role": "assistant",
             "channel": made.channel,
             "recipient": made.recipient,
-            "content_type": "code" if recipient == "python" else "json",
             "content": arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False),
         }
+        if call.get("type") in _OF_TEXT:
+            return written
+        return written | {"content_type": "code" if recipient == "python" else "json"}
 
     def _remember(self, id: str, call: _Call) -> None:
         self._made += 1
@@ -385,6 +388,7 @@ class _Reader:
             raise _MessageError(f"an item of type {shown(kind)} cannot be rendered")
 
 
+_OF_TEXT = ("custom", "custom_tool_call")  # calls whose input is a text, not JSON
 _ARGUMENTS = ("arguments", "input", "parameters", "args")
 _OF_CALLS = {"id", "call_id", "type", "function", "custom", "name", "index", "status", "output", "error", *_ARGUMENTS}
 _HEADER = ("name", "recipient", "channel", "content_type")

@@ -1,4 +1,4 @@
-"""Text of a model as messages: with harmony's marks, with the marks stripped, or with `<think>` tags.
+"""Text of a model as messages: with harmony's marks, with the marks stripped, or with tags or blocks of reasoning.
 
 Marks are read by the tokenizer and the labeller, as in a stream of ids. Where programs have stripped them, only
 `assistantfinal`, `assistantcommentary` and `assistantanalysis` are taken for remains of them, a channel before the
@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
+from workbench.harmony.details_blocks import blocks_as_tags, has_blocks
 from workbench.harmony.grammar import generation_prompt_ids, marked_ids, parse
 from workbench.harmony.vocabulary import MARKS, Tokenizer, tokenizer
 
@@ -55,6 +56,10 @@ def read_output(text: str, *, truncated: bool = False, vocabulary: Tokenizer | N
         ends = text.rstrip().endswith("<|return|>")
         # only the last answer is final: a word "assistantfinal" within a text looks the same
         return Output(stripped, True if ends else None, irregular=any(i < len(stripped) - 1 for i in finals))
+    if (with_tags := blocks_as_tags(text)) != text:
+        read = _tagged(with_tags)
+        assert read is not None
+        return replace(read, irregular=read.irregular or has_blocks(with_tags))
     if (tagged := _tagged(text)) is not None:
         begins = text.lstrip().startswith(tuple(f"<{tag}>" for tag in _TAGS))
         return tagged if begins or not _OTHER_TAG.match(text) else replace(tagged, irregular=True)
@@ -66,7 +71,7 @@ def _may_be_more(text: str) -> bool:
     has_tags = any(f"<{tag}>" in text and f"</{tag}>" in text for tag in _TAGS)
     stopped = text.rstrip().endswith((*STOPS, "<|endoftext|>"))
     remains = _OTHER_REMAINS.match(text) or _GLUED.match(text)
-    return has_tags or stopped or bool(_OTHER_TAG.search(text) or remains)
+    return has_tags or stopped or has_blocks(text) or bool(_OTHER_TAG.search(text) or remains)
 
 
 def is_marked(text: str) -> bool:

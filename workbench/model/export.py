@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from workbench.errors import InputError
@@ -17,6 +16,7 @@ from workbench.model.checkpoint import BUNDLED
 from workbench.model.config import GROUP, PUBLISHED, Config, Rope
 from workbench.model.config_file import read_config
 from workbench.model.names import LAYOUTS, name_in, shapes
+from workbench.model.safetensors_file import save_tensors
 from workbench.outputs import staged
 
 
@@ -134,7 +134,7 @@ def _write_shards(
 
     def flush() -> None:
         shards.append(folder / f"part-{len(shards)}.safetensors")
-        save_file(shard, shards[-1], metadata={"format": "pt"})
+        save_tensors(shard, shards[-1], metadata={"format": "pt"})
         index.update(dict.fromkeys(shard, len(shards) - 1))
         shard.clear()
 

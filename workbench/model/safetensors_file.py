@@ -1,16 +1,19 @@
-"""Read one safetensors file: the header is validated before any tensor is used.
+"""Read one safetensors file, whose header is validated before any tensor is used, or write one.
 
 Reference: https://huggingface.co/docs/safetensors (8 bytes of header length, a JSON header, then the data).
 """
 
 import math
+import os
+import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from workbench.bounded_json import parse_json
@@ -18,6 +21,21 @@ from workbench.errors import InputError, refuse_lfs_pointer
 
 _LARGEST_HEADER = 100_000_000
 _BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "U8": 1, "U32": 4, "I8": 1, "I64": 8, "I32": 4, "I16": 2, "BOOL": 1}
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file of tensors, name → [...].
+
+    Raises:
+        OSError: the file cannot be written; safetensors raises an error of its own, which has the number in its text.
+    """
+    try:
+        save_file(dict(tensors), path, metadata=dict(metadata or {}))
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
 
 
 @dataclass(frozen=True)

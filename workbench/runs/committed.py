@@ -69,7 +69,10 @@ class CommittedRun:
             units.append(Unit(index, start, capacity, tuple(range(first, first + n))))
             first += n
         offsets, lengths = (tuple(self.group[f"sequences/{c}"][:].tolist()) for c in ("offset", "length"))
-        return Layout(self.attrs["unit_tokens"], tuple(units), offsets, lengths)
+        layout = Layout(self.attrs["unit_tokens"], tuple(units), offsets, lengths)
+        if not layout.is_consistent():
+            raise DamageError(self.storage, "offsets and lengths of the table sequences do not follow its units")
+        return layout
 
     @cached_property
     def committed(self) -> np.ndarray:
@@ -252,10 +255,12 @@ class CommittedRun:
                 yield block
 
     def _array(self, path: str) -> zarr.Array:
-        """Return an array that units write, after a check that its shape and dtype are those of the run's layout."""
-        array, spec = self.group[path], self._specs.get(path)
-        if spec is None or (array.shape, str(array.dtype)) != (spec.shape, spec.dtype):
-            raise DamageError(self.storage, f"{path} has another shape or dtype than the run's layout")
+        """Return an array that units write, after a check that its shape, dtype and dimensions are of the layout."""
+        array = self.group[path]
+        if reason := self.group.store.refusal(path):
+            raise DamageError(self.storage, f"{path} {reason}")
+        if not any(path in specs and specs[path].fits(array) for specs in (self._specs, self._older_specs)):
+            raise DamageError(self.storage, f"{path} has another shape, dtype or dimensions than the run's layout")
         return array
 
     @cached_property
@@ -263,11 +268,17 @@ class CommittedRun:
         return arrays(self.model, self.spec, self.layout)
 
     @cached_property
+    def _older_specs(self) -> dict[str, ArraySpec]:
+        return arrays(self.model, self.spec, self.layout, schema=3)  # dimensions of runs before schema 4
+
+    @cached_property
     def _stored(self) -> dict[str, str]:
         """Path in the store → name in the dataset, of all that tokens have."""
         columns = {*TOKEN_COLUMNS, "logprob", "entropy"}  # others add columns of their own
         with reading(self.storage, "tokens"):
             there = self.array_names("tokens")
+        if missing := sorted(set(TOKEN_COLUMNS).difference(there)):
+            raise DamageError(self.storage, f"tokens/{missing[0]} is missing")
         names = {f"tokens/{n}": n for n in sorted(columns.intersection(there))}
         names |= {f"routing/{n}": n for n in ("experts", "gates")} if self.spec.routing else {}
         names |= {"routing/logits": "router_logits"} if self.spec.router_logits else {}

@@ -47,7 +47,7 @@ def open_group(storage: Storage, mode: Literal["r", "r+"] = "r", check: Literal[
         raise InputError(f"{storage} cannot be opened: {error.strerror}") from error
     except (UnicodeDecodeError, TypeError, RecursionError, MemoryError) as error:
         raise DamageError(storage, "its zarr.json cannot be read") from error
-    if not isinstance(schema, int) or not known:
+    if type(schema) is not int or schema < 1 or not known:
         raise InputError(f"{storage} is a Zarr group, but not a run: it lacks a run's attributes")
     if schema > SCHEMA:
         raise InputError(f"{storage} has schema {schema}, newer than this workbench's {SCHEMA}: update the workbench")

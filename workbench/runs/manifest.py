@@ -39,7 +39,8 @@ from workbench.runs.storage import Storage
 CREATED, COMPLETE = "manifest/created.json", "manifest/complete.json"
 TAIL_BYTES = 16_384
 # of the arrays of a run; others may unpack a few bytes to gigabytes
-_CODECS = {"bytes", "vlen-utf8", "zstd", "sharding_indexed", "crc32c", "transpose"}
+_CODECS = {"bytes", "vlen-utf8", "zstd", "sharding_indexed", "crc32c"}
+_KEYS = {"name": "default", "configuration": {"separator": "/"}}  # names of the files of chunks
 _SMALL_ARRAY = 2**20  # values, which a chunk of an array of any size may have
 
 
@@ -305,6 +306,10 @@ class CheckedStore(WrapperStore[Any]):
 
         return sync(listed()) - {"zarr.json"}
 
+    def refusal(self, array: str) -> str:
+        """Return why chunks of an array that was opened are not read, "" if they are."""
+        return self._refused.get(array, "")
+
     async def _refuse_missing(self, key: str) -> None:
         """Refuse a chunk that is missing and that the layout of the run requires.
 
@@ -318,8 +323,9 @@ class CheckedStore(WrapperStore[Any]):
     async def _check(self, key: str) -> None:
         if isinstance(self._store, LocalStore):
             _refuse_special(self._store.root / key)
-        if reason := self._refused.get(key.partition("/c/")[0]):
-            raise DamageError(self._store, f"{key.partition('/c/')[0]} {reason}")
+        for array, reason in self._refused.items():  # of no run as it was written, so there are none to look through
+            if key.startswith(f"{array}/") and not key.endswith("/zarr.json"):
+                raise DamageError(self._store, f"{array} {reason}")
         if self.manifest is not None and not self.manifest.is_checked(key):
             await asyncio.to_thread(self.manifest.check, key)
 
@@ -332,6 +338,8 @@ def _refusal_of_array(metadata: bytes) -> str:
         shape, chunk = about["shape"], about["chunk_grid"]["configuration"]["chunk_shape"]
         if codecs:
             return f"is packed by {min(codecs)!r}, which no array of a run is"
+        if about["chunk_key_encoding"] != _KEYS or '"big"' in json.dumps(about["codecs"]):
+            return "has files of other names or another byte order than the arrays of a run"
         if math.prod(chunk) > max(math.prod(shape), _SMALL_ARRAY):
             return f"has chunks of {math.prod(chunk):,} values, more than the array has"
     except (ValueError, KeyError, TypeError, RecursionError):

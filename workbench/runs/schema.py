@@ -6,10 +6,11 @@ writes, so units can be written in any order by anybody, and each is committed b
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
 
 # 1 had every token of an activation, 2 no manifests, 3 names of hooks in dimensions and no `records`. All are read.
@@ -62,6 +63,22 @@ class Layout:
     def unit_sequences(self) -> int:
         """Return the summary rows of a unit: as many as the fullest unit has sequences."""
         return max(len(unit.sequences) for unit in self.units)
+
+    def is_consistent(self) -> bool:
+        """Return whether units follow each other and hold their sequences one after another, without overlap."""
+        counts, starts, capacities = (
+            np.array(column, dtype=np.int64)
+            for column in zip(*((len(u.sequences), u.start, u.capacity) for u in self.units), strict=True)
+        )
+        offsets, lengths = (np.array(column, dtype=np.int64) for column in (self.offsets, self.lengths))
+        if counts.sum() != len(lengths) or len(offsets) != len(lengths) or (lengths < 0).any():
+            return False
+        before = np.cumsum(lengths) - lengths  # tokens of all sequences before each
+        ends = np.append(before, lengths.sum())[np.cumsum(counts)]
+        used = np.diff(ends, prepend=0)
+        inside = np.repeat(starts - (ends - used), counts) + before
+        follow = np.array_equal(starts, np.cumsum(capacities) - capacities)
+        return follow and bool((used <= capacities).all()) and np.array_equal(offsets, inside)
 
 
 @dataclass(frozen=True)
@@ -208,13 +225,15 @@ class Spec:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Spec":
-        """Return the inverse of `to_json`, without functions."""
-        points = tuple(Activation(**_tuples(a)) for a in values["activations"])
-        records = tuple(Record(**_tuples(r)) for r in values.get("records", ()))
-        neurons = tuple(values.get("neuron_layers", ()))
-        features = tuple(FeatureLists(**lists) for lists in values.get("features", ()))
-        plain = {"activations": points, "records": records, "neuron_layers": neurons, "features": features}
-        return cls(**{**values, **plain})
+        """Return the inverse of `to_json`, without functions.
+
+        Raises:
+            InputError: a newer workbench wrote a field that this one does not have.
+        """
+        points = tuple(_from_plain(Activation, a) for a in values["activations"])
+        records = tuple(_from_plain(Record, r) for r in values.get("records", ()))
+        features = tuple(_from_plain(FeatureLists, lists) for lists in values.get("features", ()))
+        return _from_plain(cls, {**values, "activations": points, "records": records, "features": features})
 
     @property
     def selected(self) -> tuple["Activation | Record", ...]:
@@ -226,8 +245,15 @@ def _plain(recorded: "Activation | Record") -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(recorded).items()}
 
 
-def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+_Fields = TypeVar("_Fields", "Activation", "Record", "FeatureLists", "Spec")
+
+
+def _from_plain(kind: type[_Fields], values: Mapping[str, Any]) -> _Fields:
+    if unknown := sorted(set(values) - {f.name for f in fields(kind)}):
+        raise InputError(
+            f"the run was recorded with {unknown[0]!r}, which this workbench does not have: update the workbench"
+        )
+    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
 
 @dataclass(frozen=True)
@@ -241,6 +267,11 @@ class ArraySpec:
     axis: int
     per_unit: int
     chunk: int  # rows of an inner chunk along `axis`
+
+    def fits(self, array: Any) -> bool:
+        """Return whether a Zarr array has this shape, dtype and these dimensions."""
+        dims = tuple(array.metadata.dimension_names or ())
+        return (array.shape, str(array.dtype), dims) == (self.shape, self.dtype, self.dims)
 
 
 TOKEN_COLUMNS = {

@@ -89,6 +89,10 @@ def test_pieces_of_a_stream_and_empty_outputs_are_named(tmp_path: Path) -> None:
     assert "a piece of a streamed response" in read(tmp_path, {"request": request, "response": piece})[1][0]
     empty = {"output": [], "status": "failed"}
     assert "no output; its status is 'failed'" in read(tmp_path, {"request": request, "response": empty})[1][0]
+    output = [{"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "42"}]}]
+    for status, complete in (("in_progress", False), ("failed", False), ("completed", True)):
+        response = {"output": output, "status": status}
+        assert read(tmp_path, {"request": request, "response": response})[0][0]["complete"] is complete, status
 
 
 def test_scores_of_given_answers_are_no_answers(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from workbench.harmony.transcripts import expected_text
 
 _API_FIELDS = ("messages", "input", "prompt", "instructions", "request", "response", "choices", "output", "message")
 _REASONING_SETTINGS = {"effort", "summary", "generate_summary", "max_tokens", "enabled", "exclude"}  # of a request
+_UNFINISHED = ("queued", "in_progress", "failed")  # states of a response; a row's own may be the grade of an answer
 _RESPONSE_TEXT = ("answer", "response", "completion", "output", "text", "generation")
 
 
@@ -70,7 +71,7 @@ def responses_of(response: Row) -> list[tuple[list[Any], bool | None, tuple[list
         if not response["output"]:
             raise InputError(f"the response has no output; its status is {shown(response.get('status'))}")
         items = with_preambles(response["output"])
-        return [(items, is_complete(response), None)]
+        return [(items, False if response.get("status") in _UNFINISHED else is_complete(response), None)]
     if isinstance(response.get("message"), Mapping):
         return [([response["message"]], is_complete(response), None)]
     if isinstance(response.get("response"), str):  # Ollama's generate
