@@ -10,7 +10,6 @@ import shlex
 
 import numpy as np
 import pytest
-import torch
 
 import workbench as wb
 from tests.cli.running import run_command
@@ -29,11 +28,6 @@ from workbench.studies.run_index import index_of
 @pytest.fixture(scope="module")
 def run():
     return wb.open_run(DATA / "demo.zarr")
-
-
-@pytest.fixture(scope="module")
-def nano():
-    return wb.load("nano", dtype=torch.float32)
 
 
 FEW = pytest.mark.filterwarnings("ignore:only .* prompts")

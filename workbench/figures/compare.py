@@ -11,7 +11,7 @@ from workbench.figures import contrast
 from workbench.figures.gallery import Gallery, GalleryItem, numbers
 from workbench.figures.intervals import lines, rows
 from workbench.figures.template import ThemeName
-from workbench.studies.difference_tests import ALPHA
+from workbench.studies.statistics import ALPHA
 
 ANSWER = ("analysis", "commentary", "final")
 _FEATURES = 20

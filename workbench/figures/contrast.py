@@ -30,9 +30,8 @@ def heatmap(ds: xr.Dataset, control: str = "position", *, theme: ThemeName = "li
     )
     hover = (
         f"layer %{{y}}, {kind} %{{x}}<br>%{{customdata[0]:+.2f}} points [%{{customdata[1]:+.2f}}, "
-        f"%{{customdata[2]:+.2f}}], "
-        f"q = %{{customdata[5]:.3g}}<br>{ds.attrs['a']} %{{customdata[3]:.2f}} %, {ds.attrs['b']} "
-        f"%{{customdata[4]:.2f}} %<extra></extra>"
+        f"%{{customdata[2]:+.2f}}], q = %{{customdata[5]:.3g}}<br>{ds.attrs['a']} %{{customdata[3]:.2f}} %, "
+        f"{ds.attrs['b']} %{{customdata[4]:.2f}} %<extra></extra>"
     )
     grid = LayerHeatmap(cell["layer"].values, cell[kind].values, colours)
     grid.differences(points, different, detail, hover, limit, "not shown to differ")

@@ -20,6 +20,9 @@ _LARGEST_HEADER = 100_000_000
 _BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "U8": 1, "U32": 4, "I8": 1, "I64": 8, "I32": 4, "I16": 2, "BOOL": 1}
 
 
+FLOATS = ("BF16", "F16", "F32")  # names of the dtypes of weights that are not packed
+
+
 @dataclass(frozen=True)
 class Entry:
     """A tensor as the header describes it."""
