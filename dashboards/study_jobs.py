@@ -115,11 +115,12 @@ class StudyJobs:
     def _state(self, key: tuple[str, str], make: Callable[[], dict[str, xr.Dataset]]) -> Answer:
         """Return the state of a piece of work, and start it if needed."""
         with self._lock:
-            started, work = self._made.pop(key, None) or (time.monotonic(), self._pool.submit(make))
-            self._made[key] = started, work  # the one that was asked for last is the last one
-            finished = [old for old, (_, other) in self._made.items() if other.done()]
-            for old in finished[: max(0, len(self._made) - _IN_MEMORY)]:
-                del self._made[old]
+            known = self._made.pop(key, None)  # and put at the end again
+            started, work = (time.monotonic(), self._pool.submit(make)) if known is None else known
+            self._made[key] = started, work
+            finished = [other for other, (_, result) in self._made.items() if result.done()]
+            for oldest in finished[: max(0, len(self._made) - _IN_MEMORY)]:
+                del self._made[oldest]
         if not work.done():
             return Answer(seconds=time.monotonic() - started)
         error = work.exception()

@@ -123,6 +123,19 @@ def by_layer(sets: Mapping[str, xr.Dataset], *, title: str, theme: ThemeName = "
     return apply_theme(figure, colours, next(iter(sets.values())), title=title, subtitle=subtitle, height=460)
 
 
+def galleries(datasets: Mapping[str, xr.Dataset], titles: Mapping[str, str]) -> Gallery:
+    """Return the figures of comparisons of several quantities, whose datasets are called QUANTITY_COMPARISON.
+
+    titles: of the figure of sizes, by quantity.
+    """
+    items: Gallery = {}
+    for quantity, title in titles.items():
+        prefix = f"{quantity}_"
+        own = {name.removeprefix(prefix): ds for name, ds in datasets.items() if name.startswith(prefix)}
+        items |= gallery(own, title=title, prefix=prefix)
+    return items
+
+
 def gallery(sets: Mapping[str, xr.Dataset], *, title: str, prefix: str = "") -> Gallery:
     """Return the heat maps of every contrast with cells, and their sizes by layer; names begin with the prefix."""
     own = {name: ds for name, ds in sets.items() if "difference" in ds and "size" in ds}
