@@ -1,38 +1,29 @@
 """Serve the dashboard by a command, by `panel serve`, or in a notebook. The pages are in `pages`.
 
-Everything a page needs comes from this server. The frame of a page is in `layout`, its look in `theme`.
+Everything a page needs comes from this server. The frame of a page is in `layout`, its look in `theme`, and who may
+connect in `server`.
 """
 
-import logging
-import socket
 import sys
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from traceback import walk_tb
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
 import panel as pn
-from tornado.websocket import WebSocketClosedError
 
 from workbench.dashboards import content, widgets
-from workbench.dashboards.access import answer_unknown, checked_origins, guard, login_options
 from workbench.dashboards.layout import PageTemplate, missing_page, page_template
 from workbench.dashboards.pages import FIGURE_FIRST, absent_pages, made, page_titles
+from workbench.dashboards.server import LOCAL, checked_address, listen
 from workbench.dashboards.session import Session
 from workbench.dashboards.state import RunRegistry, Selection
 from workbench.errors import InputError
 from workbench.figures import quick_look as draw
 from workbench.runs import Run
 from workbench.studies import quick_look
-
-# of `panel.serve`: how long a page waits for the connection of its browser, which first loads 5 MB over ssh, say
-SESSIONS: dict[str, Any] = {"unused_session_lifetime_milliseconds": 60_000}
-# loggers that report connections which are closed
-_OF_CONNECTIONS = ("bokeh.server.views.ws", "bokeh.server.protocol_handler", "tornado.application", "asyncio")
-_LOCAL = ("localhost", "127.0.0.1")  # addresses that only this machine reaches
 
 
 class ExtraPage(NamedTuple):
@@ -130,7 +121,7 @@ def notebook(*paths: str | Path, page: str = "overview", **chosen: str) -> pn.Co
     """
     if page not in page_titles():
         raise InputError(f"page {page!r} does not exist; the pages are {', '.join(page_titles())}")
-    pn.extension("plotly", "tabulator", notifications=False, inline=True)  # nothing from another host
+    _load_widgets()
     registry, choice = RunRegistry(paths), Selection(chosen)
     body = pn.Column(sizing_mode="stretch_width")
     pick = pn.widgets.RadioButtonGroup(
@@ -169,58 +160,19 @@ def serve(
     autoencoders: folders by the digest that a capture records, for ablations of their features.
     extra: pages of other packages by their path.
     """
-    access = login_options(basic_auth)
-    origins = [*local_origins(address, port), *checked_origins(allow_origin)]
-    registry = RunRegistry(runs, model=model, autoencoders=autoencoders, editable=address in _LOCAL)
-    check_free(address, port)
-    expect_closed_connections()
-    pn.extension("plotly", "tabulator", notifications=False, inline=True)  # nothing from another host
+    registry = RunRegistry(runs, model=model, autoencoders=autoencoders, editable=address in LOCAL)
+    at = checked_address(address, port, allow_origin, basic_auth)
+    _load_widgets()
     threading.Thread(target=_warm, args=(registry,), daemon=True).start()
-    print(f"http://{address}:{port}/  (Ctrl-C ends)", flush=True)
     try:
-        server = pn.serve(
-            pages(registry, extra),
-            address=address,
-            port=port,
-            show=show,
-            verbose=False,
-            title="gpt-oss workbench",
-            start=False,
-            websocket_origin=origins,
-            num_threads=4,
-            **SESSIONS,
-            **access,
-        )
-        guard(server._tornado, origins)
-        answer_unknown(server._tornado, missing_page(all_titles(extra or {})))
-        server.start()
-        server.io_loop.start()
+        listen(pages(registry, extra), at, show=show, missing_page=missing_page(all_titles(extra or {})))
     finally:
         registry.jobs.close()
 
 
-class _ClosedConnections(logging.Filter):
-    """Drops the messages of Bokeh and Tornado that a browser left while something was sent to it, which is no fault."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        error = record.exc_info[1] if record.exc_info else None
-        closed = isinstance(error, WebSocketClosedError) or (
-            isinstance(error, AssertionError) and _raised_in(error) == "bokeh.server.connection"
-        )
-        return "connection was closed" not in record.getMessage() and not closed
-
-
-def _raised_in(error: BaseException) -> str:
-    """Return the name of the module that raised an error; bokeh.server.connection does it where it has been closed."""
-    frames = list(walk_tb(error.__traceback__))
-    return str(frames[-1][0].f_globals.get("__name__", "")) if frames else ""
-
-
-def expect_closed_connections() -> None:
-    """Log nothing when a browser leaves while something is sent to it, or before what it sent is read."""
-    for logger in map(logging.getLogger, _OF_CONNECTIONS):
-        if not any(isinstance(known, _ClosedConnections) for known in logger.filters):
-            logger.addFilter(_ClosedConnections())
+def _load_widgets() -> None:
+    """Let Panel load plotly and tables with each page, from this server only."""
+    pn.extension("plotly", "tabulator", notifications=False, inline=True)
 
 
 def _warm(registry: RunRegistry) -> None:
@@ -243,32 +195,6 @@ def _draw_load(run: Run) -> None:
     draw.heatmap(quick_look.routing(run), "relative")
 
 
-def local_origins(address: str, port: int) -> list[str]:
-    """Return the origins (HOST:PORT) under which a server at this address is reached."""
-    names = {address, *_LOCAL} if address in (*_LOCAL, "0.0.0.0", "::", "") else {address}
-    return [f"{name}:{port}" for name in sorted(names)]
-
-
-def check_free(address: str, port: int) -> None:
-    """Check that a server can listen there.
-
-    Raises:
-        InputError: the port or the address cannot be used.
-    """
-    try:
-        family, kind, protocol, _, target = socket.getaddrinfo(
-            address or None, port, socket.AF_INET, socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind(target)
-    except (OSError, OverflowError, ValueError) as error:  # ValueError: a name that no host can have
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(
-            f"port {port} of {address!r} cannot be used ({reason}): choose another with --port or --address"
-        ) from error
-
-
 if __name__.startswith("bokeh_app"):  # what `panel serve` calls a script
-    pn.extension("plotly", "tabulator", notifications=False, inline=True)  # nothing from another host
+    _load_widgets()
     servable(sys.argv[1:])

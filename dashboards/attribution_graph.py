@@ -188,8 +188,8 @@ def graph_data(content: Any) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise InputError(
             f"the file is not an attribution graph ({type(error).__name__}: {error}): expected circuit-tracer's JSON "
-            "with "
-            "metadata.prompt_tokens, nodes and links; make one with `workbench graph MODEL --prompt TEXT --out FILE`"
+            "with metadata.prompt_tokens, nodes and links; make one with `workbench graph MODEL --prompt TEXT --out "
+            "FILE`"
         ) from error
     shown = sorted(nodes, key=lambda node: (node["kind"] != "logit", -node["influence"]))[:MOST_NODES]
     known = {node["id"]: number for number, node in enumerate(shown)}

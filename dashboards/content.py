@@ -13,6 +13,7 @@ import xarray as xr
 from workbench.counting import count_of, signed, signed_interval
 from workbench.errors import InputError
 from workbench.harmony.flags import counted_in
+from workbench.harmony.messages import EFFORTS
 from workbench.runs import Run
 from workbench.studies.comparison import in_order
 
@@ -51,7 +52,7 @@ def number_of_experts(model: Mapping[str, Any]) -> str:
 def accuracy_by_effort(run: Run) -> pd.DataFrame:
     """Return the accuracy (%) of graded transcripts by task (rows) and effort (columns)."""
     marked = run.sequences.query("correct >= 0")
-    order = [effort for effort in ("low", "medium", "high") if effort in set(marked["effort"])]
+    order = [effort for effort in EFFORTS if effort in set(marked["effort"])]
     by_task = marked.pivot_table(index="task", columns="effort", values="correct", aggfunc="mean")[order]
     overall = marked.groupby("effort")["correct"].mean()[order].rename("all tasks")
     table = 100 * pd.concat([by_task, overall.to_frame().T])
@@ -226,8 +227,8 @@ def gains(gain: xr.Dataset, task: str) -> str:
         c = {str(k): float(v) for k, v in gain.sel(task=task, step=step).data_vars.items()}
         lines.append(
             f"{step}: {signed(c['more_tokens'], 1)} analysis tokens [{signed(c['more_tokens_low'], 1)}, "
-            f"{signed(c['more_tokens_high'], 1)}], "
-            f"accuracy {signed_interval(100 * c['gain'], 100 * c['gain_low'], 100 * c['gain_high'], 1)} points"
+            f"{signed(c['more_tokens_high'], 1)}], accuracy "
+            f"{signed_interval(100 * c['gain'], 100 * c['gain_low'], 100 * c['gain_high'], 1)} points"
         )
     return "<br>".join(map(escape, lines))
 

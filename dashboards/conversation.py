@@ -22,7 +22,7 @@ from workbench.dashboards.search import texts, vocabulary
 from workbench.dashboards.theme import BORDER
 from workbench.errors import InputError
 from workbench.figures.template import THEMES, ThemeName
-from workbench.harmony.labels import CHANNELS
+from workbench.harmony.labels import CHANNELS, FRAME
 from workbench.runs import Run
 
 PageTheme = ThemeName | Literal["auto"]  # auto: that of the reader's browser
@@ -134,7 +134,7 @@ def data_of(run: Run, sequence: int, tokenizer: harmony.Tokenizer | None) -> dic
         flags = [*str(row.get("flags", "")).split(), *(["cut off"] if row["closed_by"] == "truncated" else [])]
         if flags:
             irregular[str(number)] = ", ".join(flags).replace("_", " ")
-        inside = channel[(message == number) & (channel != CHANNELS.index("frame"))]
+        inside = channel[(message == number) & (channel != FRAME)]
         bands[str(number)] = CHANNELS[int(inside[0])] if len(inside) else "frame"
     return {
         "ids": ids,
@@ -179,12 +179,15 @@ def sentences_of(results: Mapping[str, xr.Dataset], id: str) -> list[dict[str, A
 
 
 def _bytes(values: np.ndarray) -> str:
-    """A byte a value: 24 layers of ten thousand tokens are a megabyte, as decimal numbers they are nine."""
+    """Return a byte for each value, in base64.
+
+    24 layers of ten thousand tokens are then a megabyte; as decimal numbers they are nine.
+    """
     return base64.b64encode(np.round(values).astype(np.uint8).tobytes()).decode()
 
 
 def _norms(values: xr.DataArray) -> list[list[float | None]]:
-    """Euclidean norms [layer, token] of a recorded activation."""
+    """Return Euclidean norms [layer, token] of a recorded activation."""
     flat = values.values.reshape(*values.shape[:2], -1).astype(float)
     return [_numbers(row) for row in np.linalg.norm(flat, axis=-1)]
 

@@ -13,7 +13,7 @@ from workbench.runs import Run
 
 MAX_FIELDS = 40  # of the metadata; a file can have a field of its own in every row
 _MAX_TEXT = 200  # characters of a value
-_GRADES = {1: "correct", 0: "wrong"}
+GRADES = {1: "correct", 0: "wrong"}
 _OWN = ("task", "domain", "expected")  # columns that the run makes from the metadata
 
 
@@ -32,7 +32,7 @@ def metadata_table(run: Run, numbers: Sequence[int]) -> tuple[pd.DataFrame, dict
         "prompt tokens": listed["n_prompt"].astype(int),
         "answer tokens": (listed["length"] - listed["n_prompt"]).astype(int),
         "expected": listed["expected"].astype(str),
-        "grade": listed["correct"].map(lambda value: _GRADES.get(int(value), "")),
+        "grade": listed["correct"].map(lambda value: GRADES.get(int(value), "")),
     }
     if "flags" in listed:
         own["irregularities"] = listed["flags"].map(_flag_words)

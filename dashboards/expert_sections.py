@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from html import escape
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
@@ -15,11 +16,12 @@ from workbench import registry
 from workbench.counting import signed_interval
 from workbench.dashboards import content, widgets
 from workbench.dashboards.example_lists import example, list_of
-from workbench.dashboards.neurons_page import effects_table
+from workbench.dashboards.label_field import label_field
+from workbench.dashboards.neurons_page import EFFECTS, effects_table
 from workbench.dashboards.session import Page, Selectors, Session, missing_record, study
 from workbench.errors import InputError
 from workbench.studies import expert_labels
-from workbench.studies.label_files import MAX_LABEL, cleaned
+from workbench.studies.label_files import cleaned
 from workbench.studies.layer_experts import layer_experts
 from workbench.studies.quick_look import ALL
 
@@ -154,32 +156,19 @@ def label_editor(session: Session, examples: xr.Dataset, layer: int, expert: int
     if not session.registry.editable or "://" in str(run.path):
         return pn.Column(widgets.html(f"<p><b>Label</b> {escape(label) or '–'}</p>{text}"))
     title = "Label of this expert" if labels is not None else "Label of this expert (automatic, until you save one)"
-    field = pn.widgets.TextInput(
-        label=title, value=label, max_length=MAX_LABEL, sizing_mode="stretch_width", max_width=760
-    )
-    save = pn.widgets.Button(label="Save label", width=110, margin=(22, 5, 5, 5))
-    message = widgets.html("")
 
-    def store(*_: Any) -> None:
-        clean = cleaned(str(field.value_input or field.value))
-        path = session.registry.put_label(session.name, examples, layer, expert, clean)
-        message.object = f"<p role='status' class='wb-muted'>Saved in {escape(path.name)}.</p>"
+    def store(new: str) -> Path:
+        return session.registry.put_label(session.name, examples, layer, expert, cleaned(new))
 
-    def guarded(*_: Any) -> None:
-        result = widgets.guarded(store)
-        if isinstance(result, pn.viewable.Viewable):
-            message.object = "<p role='status'>The label was not saved: the run's folder is not writable.</p>"
-
-    save.on_click(guarded)
-    row = pn.Row(field, save, sizing_mode="stretch_width")
-    return pn.Column(*([widgets.html(text)] if text else []), row, message, sizing_mode="stretch_width")
+    field = label_field(title, label, store)
+    return pn.Column(*([widgets.html(text)] if text else []), field, sizing_mode="stretch_width")
 
 
 def logit_effects(session: Session, layer: int, expert: int) -> list[Any]:
     """Return a table of the tokens whose logits the expert raises and lowers; none if expert-logits is not stored."""
     sets = session.registry.stored(session.name).experiments.get("expert-logits", {})
     ds = sets.get("logits")
-    if ds is None or not {"top_text", "bottom_text", "top_logit", "bottom_logit"} <= set(ds):
+    if ds is None or not set(ds) >= EFFECTS:
         return []
     cell = ds.isel(layer=layer, expert=expert)
     if int(cell["tokens"]) == 0:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,17 +12,15 @@ import xarray as xr
 from jaxtyping import Float
 
 from workbench.dashboards import widgets
-from workbench.dashboards.neurons_page import effects_table
+from workbench.dashboards.label_field import label_field
+from workbench.dashboards.neurons_page import EFFECTS, effects_table
 from workbench.dashboards.session import Session
 from workbench.figures.feature_examples import activation_histogram, density_histogram
-from workbench.harmony.labels import CHANNELS
+from workbench.harmony.labels import CHANNELS, FRAME
 from workbench.runs import Run, feature_examples
 from workbench.studies import feature_labels, token_labels
-from workbench.studies.label_files import MAX_LABEL
 
 _SHOWN_TOKENS = 3  # that a feature raises, in the table
-_EFFECTS = {"top_text", "bottom_text", "top_logit", "bottom_logit"}
-_FRAME = CHANNELS.index("frame")
 _SHARE = " (%)"
 
 
@@ -69,14 +68,14 @@ def activations(
     values, weights = [np.empty(0)], [np.empty(0)]
     if name in {lists.hook for lists in run.spec.features}:
         lists = feature_examples.of_run(run, name, [feature])
-        for channel in [c for c in range(len(CHANNELS)) if c != _FRAME]:
+        for channel in [c for c in range(len(CHANNELS)) if c != FRAME]:
             own = lists["random_activation"][channel, 0][lists["random_sequence"][channel, 0] >= 0]
             values.append(own.astype(np.float64))
             weights.append(np.full(len(own), lists["count"][channel, 0] / max(1, len(own)), dtype=np.float64))
         return np.concatenate(values), np.concatenate(weights), True
     seen = 0
     for labels, block in token_labels.blocks(run, token_labels.recorded(run, name), index):
-        own = np.nan_to_num(block[:, feature])[labels["channel"].to_numpy() != _FRAME]
+        own = np.nan_to_num(block[:, feature])[labels["channel"].to_numpy() != FRAME]
         values.append(own[own > 0].astype(np.float64))
         if (seen := seen + len(labels)) >= most:
             break
@@ -92,7 +91,7 @@ def stored_effects(session: Session, name: str, layer: str, n_features: int) -> 
     """
     lists = {lists.hook: lists for lists in session.run.spec.features}
     for ds in session.registry.stored(session.name).experiments.get("expert-logits", {}).values():
-        if not set(ds) >= _EFFECTS or "feature" not in ds.dims or ds.sizes["feature"] != n_features:
+        if not set(ds) >= EFFECTS or "feature" not in ds.dims or ds.sizes["feature"] != n_features:
             continue
         if name in lists and ds.attrs.get("sae_digest") == lists[name].digest:
             return ds
@@ -122,30 +121,11 @@ def label_editor(session: Session, name: str, layer: str, feature: int, automati
     own = feature_labels.read(run).get((name, int(layer), feature), "")
     if not session.registry.editable or "://" in str(run.path):
         return pn.Column(widgets.html(f"<p><b>Label</b> {escape(own or automatic) or '–'}</p>"))
-    field = pn.widgets.TextInput(
-        label="Label of this feature",
-        value=own,
-        placeholder=automatic or "none yet",
-        max_length=MAX_LABEL,
-        sizing_mode="stretch_width",
-        max_width=760,
-    )
-    save = pn.widgets.Button(label="Save label", width=110, margin=(22, 5, 5, 5))
-    message = widgets.html("")
 
-    def store() -> None:
-        path = session.registry.put_feature_label(
-            session.name, name, int(layer), feature, str(field.value_input or field.value)
-        )
-        message.object = f"<p role='status' class='wb-muted'>Saved in {escape(path.name)}.</p>"
+    def store(new: str) -> Path:
+        return session.registry.put_feature_label(session.name, name, int(layer), feature, new)
 
-    def guarded(*_: Any) -> None:
-        result = widgets.guarded(store)
-        if isinstance(result, pn.viewable.Viewable):
-            message.object = "<p role='status'>The label was not saved: the run's folder is not writable.</p>"
-
-    save.on_click(guarded)
-    return pn.Column(pn.Row(field, save, sizing_mode="stretch_width"), message, sizing_mode="stretch_width")
+    return label_field("Label of this feature", own, store, placeholder=automatic or "none yet")
 
 
 def described(

@@ -27,7 +27,6 @@ from workbench.studies import feature_examples as examples_study
 from workbench.studies import feature_labels, token_labels
 from workbench.studies.expert_examples import AFTER, BEFORE
 
-MOST_TOKENS = 300_000  # that are read
 MOST_ROWS = 500  # features in the table
 _EXAMPLES = 12
 _HOW = "workbench capture nano answers.jsonl run.zarr --record routing --record features:FOLDER"
@@ -133,7 +132,7 @@ class _Section:
             widgets.beside(
                 feature_details.logit_effects(session, self._effects, feature),
                 widgets.deferred(
-                    lambda: feature_details.activations_figure(session, name, index, feature, MOST_TOKENS)
+                    lambda: feature_details.activations_figure(session, name, index, feature, search.MOST_TOKENS)
                 ),
             ),
             _examples(session, name, index, feature),
@@ -147,7 +146,9 @@ class _Section:
         self._above[:], self._below[:] = ([table], []) if words else ([], [table])
 
     def _method(self) -> str:
-        pooled = "all tokens" if _has_lists(self._session.run, self._name) else f"the first {MOST_TOKENS:,} tokens"
+        pooled = (
+            "all tokens" if _has_lists(self._session.run, self._name) else f"the first {search.MOST_TOKENS:,} tokens"
+        )
         method = (
             f"A feature is active at a token if its activation is above zero. Densities are pooled over {pooled} and "
             "not tested. An automatic label is made of the tokens of a feature's largest activations. To compare "
@@ -194,7 +195,7 @@ def by_channel(run: Run, name: str, index: int) -> pd.DataFrame:
             totals[c] += int(known[channel == number].sum())
         top = np.nan_to_num(values).max(0, initial=0)
         largest = top if largest is None else np.maximum(largest, top)
-        if (seen := seen + len(labels)) >= MOST_TOKENS:
+        if (seen := seen + len(labels)) >= search.MOST_TOKENS:
             break
     return _table(counts, totals, largest)
 
@@ -241,7 +242,7 @@ def examples(
         ranks = np.sort(key, kind="stable")[: most * 8]
         best += [(float(rank), _context(labels, own, int(row))) for rank, row in zip(ranks, order, strict=True)]
         best = _one_of_each_sequence(best)[:most]
-        if (seen := seen + len(labels)) >= MOST_TOKENS:
+        if (seen := seen + len(labels)) >= search.MOST_TOKENS:
             break
     return [row for _, row in best]
 

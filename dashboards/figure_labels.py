@@ -4,6 +4,8 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 
+from workbench.harmony.messages import EFFORTS
+
 _ORDER = (
     "accuracy",
     "analysis_vs_final_matched",
@@ -35,7 +37,6 @@ _LABELS = {
 }
 # how the difference is taken or drawn, by the end of the name
 _ENDINGS = {"matched": "at equal position", "naive": "within prompts", "volcano": "volcano plot"}
-_EFFORTS = ("low", "medium", "high")
 
 
 def figure_names(names: Iterable[str]) -> dict[str, str]:
@@ -76,7 +77,7 @@ def _topic(words: list[str]) -> str:
     text = " ".join(words)
     if match := re.fullmatch(r"(low|medium) vs (medium|high) in (.+)", text):
         return f"{match[3]}, {match[1]} vs. {match[2]} effort"
-    if len(words) == 2 and words[1] in _EFFORTS:
+    if len(words) == 2 and words[1] in EFFORTS:
         return f"{words[0]}, {words[1]} effort"
     text = re.sub(r"^special in ", "specialization by ", text).removeprefix("in ")
     text = re.sub(r"^agreement (effort|position|margin)$", r"agreement by \1", text)

@@ -24,6 +24,7 @@ from workbench.studies.layer_experts import layer_experts
 
 _SHOWN = 8  # examples of each channel
 _ON_EXPERT_PAGE = 8  # neurons
+EFFECTS = {"top_text", "bottom_text", "top_logit", "bottom_logit"}  # variables that `effects_table` reads
 
 
 def neurons(session: Session) -> Page:
@@ -111,7 +112,7 @@ def logit_effects(session: Session, layer: int, expert: int, neuron: int) -> lis
     They are those of the experiment expert-logits that is stored beside the run, with its option neuron_layer.
     """
     for name, ds in session.registry.stored(session.name).experiments.get("expert-logits", {}).items():
-        known = {"top_text", "bottom_text", "top_logit", "bottom_logit"} <= set(ds) and "neuron" in ds.dims
+        known = set(ds) >= EFFECTS and "neuron" in ds.dims
         if name == "neurons" and known and ds.attrs.get("layer") == layer and expert in ds["expert"].values:
             rows = effects_table(ds.sel(expert=expert, neuron=neuron))
             return [widgets.table("Direct effects on logits", rows, f"{session.name}-{layer}-{expert}-{neuron}-logits")]

@@ -13,6 +13,7 @@ from plotly.offline import get_plotlyjs
 
 from workbench.counting import count_of
 from workbench.dashboards.conversation import frame, sequence_numbers
+from workbench.dashboards.conversation_table import GRADES
 from workbench.dashboards.search import vocabulary
 from workbench.errors import InputError
 from workbench.figures import page, quick_look, report
@@ -28,7 +29,6 @@ PAGES = ("overview", "findings", "experts", "conversations")
 _TITLES = {"overview": "Overview", "findings": "Findings", "experts": "Experts", "conversations": "Conversations"}
 _COLUMNS = ("id", "task", "effort", "length", "answer", "correct")
 _HEADINGS = ("id", "task", "effort", "tokens", "expected answer", "grade")  # of the columns
-_GRADES = {1: "correct", 0: "wrong"}
 
 
 def site(
@@ -130,7 +130,7 @@ def _head(run: Run, number: int, before: int | None, after: int | None) -> str:
 def _row(run: Run, number: int) -> dict[str, object]:
     """Return what is known of a conversation, its grade in words."""
     row: dict[str, Any] = {str(name): value for name, value in run.sequences.loc[number].items()}
-    return row | {"correct": _GRADES.get(int(row["correct"]), "not graded")}
+    return row | {"correct": GRADES.get(int(row["correct"]), "not graded")}
 
 
 def _body(name: str, contents: report.Contents, run: Run, numbers: Sequence[int]) -> Iterator[str]:
@@ -147,7 +147,7 @@ def _body(name: str, contents: report.Contents, run: Run, numbers: Sequence[int]
 
 
 def _experts(run: Run) -> Iterator[str]:
-    """The load of experts in all content and, relative to it, in each channel and effort."""
+    """Yield the load of experts in all content and, relative to it, in each channel and effort."""
     text = (
         "Expert load (fraction of routed slots) of all content, then the load of each channel and effort relative to it"
     )
@@ -170,7 +170,7 @@ def _heatmap(run: Run, measure: quick_look.Measure, selection: Mapping[str, str]
 
 
 def _conversations(run: Run, numbers: Sequence[int]) -> Iterator[str]:
-    """A table of the published conversations, each a link."""
+    """Yield a table of the published conversations, each a link."""
     table = run.sequences
     yield (
         f"<h1>Conversations</h1><p>{len(numbers):,} of {count_of(len(table), 'conversation')} of the run "

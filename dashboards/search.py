@@ -9,12 +9,12 @@ import pandas as pd
 from jaxtyping import Bool, Float, Int
 
 from workbench import harmony
-from workbench.harmony.labels import CHANNELS
+from workbench.harmony.labels import CHANNELS, FRAME
 from workbench.runs import Run
 from workbench.runs.conversations import tokenizer_of
 from workbench.studies.quick_look import ALL
 
-_MOST_TOKENS = 300_000  # that a table of tokens is made from
+MOST_TOKENS = 300_000  # that a table of tokens is made from
 _GRADES = {"correct": 1, "wrong": 0, "ungraded": -1}
 _LENGTHS = ("longest", "shortest")  # orders of conversations by their tokens
 _POSITION_BINS = 2.0 ** np.arange(18)
@@ -63,7 +63,7 @@ class TokenSelection:
         """Return which tokens [token] of a block of the run are selected."""
         inside = np.ones(len(block["channel"]), dtype=bool)
         if self.channel == ALL:
-            inside = block["channel"] != CHANNELS.index("frame")
+            inside = block["channel"] != FRAME
         elif self.channel:
             inside = block["channel"] == CHANNELS.index(self.channel)
         for column, value in (("effort", self.effort), ("task", self.task)):
@@ -116,7 +116,7 @@ def _overrepresented_tokens(
             if int(ids[at]) not in example:
                 example[int(ids[at])] = _example(block, int(at), text)
         seen, counted = seen + len(ids), counted + int(inside.sum())
-        if seen >= _MOST_TOKENS:
+        if seen >= MOST_TOKENS:
             break
     share = sum(times.values()) / max(counted, 1)
     records = [
@@ -153,7 +153,7 @@ def head_by_position(
         np.add.at(sums, place, block["sink"][0][inside, head].astype(np.float64))
         np.add.at(counts, place, 1)
         seen += len(block["position"])
-        if seen >= _MOST_TOKENS:
+        if seen >= MOST_TOKENS:
             break
     mean = np.divide(sums, counts, out=np.full(shape, np.nan), where=counts > 0)
     table = pd.DataFrame(mean, columns=list(CHANNELS), index=pd.Index(_POSITION_BINS.astype(int), name="position"))

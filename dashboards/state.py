@@ -17,11 +17,11 @@ import xarray as xr
 from workbench.dashboards.stored_results import StoredResults, stored_beside
 from workbench.dashboards.study_jobs import Answer, StudyJobs
 from workbench.errors import InputError
+from workbench.harmony.messages import EFFORTS
 from workbench.registry import studies
 from workbench.runs import Run, open_run
 from workbench.runs.storage import LocalStorage, storage_at
 from workbench.studies import effort, expert_labels, feature_labels
-from workbench.studies.comparison import EFFORTS
 from workbench.studies.specialization import coactivation
 
 _LARGE = 1_000_000  # tokens

@@ -58,7 +58,7 @@ def stored_beside(run_path: Path, digest: str) -> StoredResults:
 
 
 def _candidates(folder: Path) -> Iterator[Path]:
-    """JSON files of a folder and of the folders in it; stores, links and hidden files are passed over."""
+    """Yield JSON files of a folder and of the folders in it; stores, links and hidden files are passed over."""
     try:
         entries = sorted(folder.iterdir())
     except OSError:

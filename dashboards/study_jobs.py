@@ -34,6 +34,7 @@ from workbench.studies.result import load, save
 
 _AT_ONCE = 2  # studies made at the same time; each takes a core
 _CACHED_DAYS = 30
+_IN_MEMORY = 64  # results; others are read again from their files, which takes less than a second
 # pairs of experts are many (at 120b a hundred megabytes as text) and come from sums at once
 _NOT_CACHED = ("together",)
 
@@ -114,22 +115,25 @@ class StudyJobs:
     def _state(self, key: tuple[str, str], make: Callable[[], dict[str, xr.Dataset]]) -> Answer:
         """Return the state of a piece of work, and start it if needed."""
         with self._lock:
-            if key not in self._made:
-                self._made[key] = (time.monotonic(), self._pool.submit(make))
-            started, work = self._made[key]
+            known = self._made.pop(key, None)  # and put at the end again
+            started, work = (time.monotonic(), self._pool.submit(make)) if known is None else known
+            self._made[key] = started, work
+            finished = [other for other, (_, result) in self._made.items() if result.done()]
+            for oldest in finished[: max(0, len(self._made) - _IN_MEMORY)]:
+                del self._made[oldest]
         if not work.done():
             return Answer(seconds=time.monotonic() - started)
         error = work.exception()
         if error is None:
             return Answer(work.result())
         with self._lock:
-            if not isinstance(error, InputError):
-                self._made.pop(key, None)  # the next request tries again
+            if not isinstance(error, InputError) and self._made.get(key) == (started, work):
+                del self._made[key]  # the next request tries again
         return Answer(reason=str(error) or type(error).__name__)
 
     @cached_property
     def _temporary(self) -> "tempfile.TemporaryDirectory[str]":
-        """Folder for studies of runs in progress: created when it is needed, removed when the process ends."""
+        """Return the folder for studies of runs in progress: made when it is needed, removed when the process ends."""
         return tempfile.TemporaryDirectory(prefix="workbench-studies-", ignore_cleanup_errors=True)
 
     def close(self) -> None:
@@ -255,7 +259,7 @@ def cache_folder() -> Path:
 
 @cache
 def _code() -> str:
-    """Digest of the code that makes studies: another version's results are not taken for ours."""
+    """Return the digest of the code that makes studies: another version's results are not taken for ours."""
     sha = hashlib.sha256()
     package = Path(workbench.__file__).parent
     specs = [importlib.util.find_spec(record.module) for record in registry.studies()]  # other packages' too

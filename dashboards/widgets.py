@@ -23,6 +23,7 @@ from workbench.errors import InputError
 from workbench.figures.template import LEGEND_HEIGHT, MARGIN_BELOW
 from workbench.harmony.flags import SEQUENCE_FLAGS
 from workbench.runs import Run
+from workbench.studies.result import csv_text
 
 WIDTH = 218  # pixels, of widgets in the sidebar
 _FAILURES = 3  # to look for results, in turn, after which the last reason is shown
@@ -126,7 +127,7 @@ def table_content(
 
 def _csv_link(rows: pd.DataFrame, name: str) -> str:
     """Return HTML of a link that saves a short table; the browser has its rows, so the server is not asked."""
-    data = base64.b64encode(rows.to_csv(index=False).encode()).decode()
+    data = base64.b64encode(csv_text(rows).encode()).decode()
     return (
         f'<a class="wb-save" download="{escape(name)}.csv" href="data:text/csv;charset=utf-8;base64,{data}">{_CSV}</a>'
     )
@@ -266,7 +267,7 @@ def _without_empty_legend(drawn: go.Figure) -> None:
 
 def _csv(rows: Callable[[], pd.DataFrame], name: str) -> pn.widgets.FileDownload:
     return pn.widgets.FileDownload(
-        callback=lambda: io.StringIO(rows().to_csv(index=False)),
+        callback=lambda: io.StringIO(csv_text(rows())),
         filename=f"{name}.csv",
         label=_CSV,
         width=126,

@@ -139,7 +139,7 @@ def resample(
 def _drawn(
     sequence: Int[Tensor, "batch pos"], position: Int[Tensor, "batch pos"], n: int, seed: int
 ) -> Int[Tensor, "batch pos"]:
-    """A number below n for every token, from its sequence and position; splitmix64."""
+    """Return a number below n for every token, from its sequence and position; splitmix64."""
     with np.errstate(over="ignore"):
         z = sequence.numpy().astype(np.uint64) * np.uint64(2**32) + position.numpy().astype(np.uint64)
         z = (z + np.uint64(seed) * np.uint64(0xD1B54A32D192ED03) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)

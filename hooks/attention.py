@@ -15,7 +15,7 @@ from workbench.hooks.targets import Layers, along, among, at_layers, describe_la
 
 
 def remove_sinks(layers: Layers, heads: Collection[int] | None = None, tokens: Tokens = None) -> Edit:
-    """Remove the sink from the softmax: each row of the pattern sums to one."""
+    """Return an edit that removes the sink from the softmax: each row of the pattern sums to one."""
     return _sinks(f"remove sinks of {describe_layers(layers)}", layers, heads, tokens, lambda p, s: torch.zeros_like(p))
 
 

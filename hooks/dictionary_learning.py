@@ -117,7 +117,9 @@ def read_dictionary(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _read_config(path: Path) -> tuple[dict[str, Any], str]:
-    """The trainer's options, with sizes that are valid, and whether it read a module's output ("out") or input."""
+    """Return the trainer's options, with sizes that are valid, and whether it read a module's output ("out") or
+    input.
+    """
     try:
         raw = read_json(path)
     except FileNotFoundError as error:
@@ -140,7 +142,7 @@ def _read_config(path: Path) -> tuple[dict[str, Any], str]:
 
 
 def _read_state(path: Path, kind: _DictionaryClass) -> dict[str, Tensor]:
-    """The tensors of a state dict, which are exactly those of the class."""
+    """Return the tensors of a state dict, which are exactly those of the class."""
     state = read_torch_file(path)
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise InputError(f"{path}: expected a state dict, names and their tensors")
@@ -175,7 +177,7 @@ def _check_tensors(path: Path, kind: _DictionaryClass, weights: Mapping[str, Ten
 
 
 def _hook_name(trainer: Mapping[str, Any], read_from: str) -> str | None:
-    """The hook point of a module's name such as resid_post_layer_11, or none if the config does not state it."""
+    """Return the hook point of a module's name such as resid_post_layer_11, or none if the config does not state it."""
     match = re.fullmatch(r"(\w+?)_layer_(\d+)", str(trainer.get("submodule_name")))
     if match is None or match[1] not in _HOOKS or read_from != "out":
         return None

@@ -17,7 +17,7 @@ from torch import Tensor
 from workbench.errors import InputError
 from workbench.hooks.hook_points import recomputing
 
-TokenSet = Callable[[Int[np.ndarray, " pos"]], Bool[np.ndarray, " pos"]]
+TokenSet = Callable[[Int[np.ndarray, " pos"]], Bool[np.ndarray, " pos"]]  # of a sequence's ids, which are in the set
 Tokens = TokenSet | Sequence[int] | slice | None  # a set (see harmony.token_set), positions, or every token
 
 
@@ -79,6 +79,7 @@ class Matched:
 
     @property
     def changed(self) -> int:
+        """Return how many entries were changed so far."""
         return sum(int(n) for n in self._changed.values())
 
     def __repr__(self) -> str:
@@ -100,7 +101,7 @@ def applied(model: Any, *edits: Edit, need_match: bool = True) -> Iterator[list[
     need_match: refuse an edit that met no token. Switch it off where the report is shown instead.
 
     Raises:
-        InputError: an edit has matched no token by the end of the context.
+        InputError: an edit has matched no token by the end of the context, or returns a tensor of another shape.
     """
     report = [Matched(edit.description) for edit in edits]
     seen: dict[int, dict[str, Tensor]] = {}
@@ -112,7 +113,9 @@ def applied(model: Any, *edits: Edit, need_match: bool = True) -> Iterator[list[
     def hook(act: Act, matched: Matched, layer: int) -> Callable[..., Tensor]:
         def run(tensor: Tensor, hook: Any) -> Tensor:
             out, tokens, changed = act(tensor, At(model, layer, model.context, seen.setdefault(layer, {})))
-            assert out.shape == tensor.shape, f"{matched.description}: {tuple(tensor.shape)} became {tuple(out.shape)}"
+            if out.shape != tensor.shape:
+                shapes = f"{tuple(tensor.shape)} became {tuple(out.shape)}"
+                raise InputError(f"{matched.description}: {shapes}; return a tensor of the shape that the edit got")
             if not recomputing():
                 matched.count(tokens, changed)
             return out.to(tensor.dtype)
@@ -139,7 +142,7 @@ def applied(model: Any, *edits: Edit, need_match: bool = True) -> Iterator[list[
 
 
 def _layer(name: str) -> int:
-    """The layer of a hook point; −1 for those outside the blocks."""
+    """Return the layer of a hook point; −1 for those outside the blocks."""
     return int(name.split(".")[1]) if name.startswith("blocks.") else -1
 
 

@@ -208,7 +208,7 @@ def route(layers: Layers, function: Callable[[Tensor, Tensor], Tensor], tokens: 
 
 
 def _slots(at: At, members: TokenSet, experts: Sequence[int]) -> tuple[int, Bool[Tensor, "batch pos slot"]]:
-    """How many tokens are selected, and the slots in which one of them went to one of the experts."""
+    """Return how many tokens are selected, and the slots in which one of them went to one of the experts."""
     selected, chosen = at.selected(members), at.seen["experts"]
     wanted = torch.tensor(experts, device=chosen.device)
     return int(selected.sum()), torch.isin(chosen, wanted) & selected.to(chosen.device)[..., None]

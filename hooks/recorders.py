@@ -58,7 +58,7 @@ class Recorder:
 
 
 def _to_host(x: Shaped[Tensor, "tokens *feature"], dtype: torch.dtype) -> Shaped[Tensor, "tokens *feature"]:
-    """A copy on the CPU; a GPU goes on while it copies, in the order of its work, into pinned memory."""
+    """Return a copy on the CPU; a GPU goes on while it copies, in the order of its work, into pinned memory."""
     if not x.is_cuda:
         return x.to("cpu", dtype, copy=True)
     return torch.empty(x.shape, dtype=dtype, pin_memory=True).copy_(x.to(dtype), non_blocking=True)

@@ -133,7 +133,7 @@ def _sequences(
 
 
 def _over_keys(q: Tensor, k: Tensor, v: Tensor, query_pos: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
-    """One batch of sequences, over the keys alone."""
+    """Return attention of a batch of sequences over the keys alone, and the log-sum-exp of its scores."""
     from_start = q.shape[1] == k.shape[1] and not bool(query_pos[:, 0].any())
     graph = torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v))
     if q.shape[1] == 1 and not graph and q.device.type == "cpu":
@@ -154,7 +154,7 @@ def _over_keys(q: Tensor, k: Tensor, v: Tensor, query_pos: Tensor, window: int |
 
 
 def _complete(q: Tensor, k: Tensor, v: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
-    """Complete sequences, by torch's flash attention."""
+    """Return attention of complete sequences, by torch's flash attention."""
     if window is not None:
         return _banded(q, k, v, window)
     z, lse = _flash(*(t.transpose(1, 2) for t in (q, k, v)), 0.0, True)
@@ -178,7 +178,7 @@ def _with_nan(z: Tensor, lse: Tensor, where: Bool[Tensor, "batch query head"]) -
 
 
 def _one_query(q: Tensor, k: Tensor, v: Tensor, query_pos: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
-    """One query a row, each row on its own keys, so that it depends neither on other rows nor on keys out of reach.
+    """Return attention of one query a row on the row's own keys: no other row and no key out of reach changes it.
 
     The query heads of a kv head are the queries of one call, which reads its keys and values once and copies none.
     """
@@ -211,7 +211,7 @@ def _banded(q: Tensor, k: Tensor, v: Tensor, window: int) -> tuple[Tensor, Tenso
 
 
 def _blocks(q: Tensor, k: Tensor, v: Tensor, query_pos: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
-    """One block of queries at a time, on the keys that some query of the block can see."""
+    """Return attention a block of queries at a time, on the keys that some query of the block can see."""
     outs, lses = [], []
     for start in range(0, q.shape[1], _QUERY_BLOCK):
         rows = slice(start, start + _QUERY_BLOCK)

@@ -95,7 +95,7 @@ def quantise(
 
 
 def _encode(groups: Tensor, exponent: Tensor) -> tuple[Tensor, Tensor]:
-    """The 4-bit codes of `groups` at a scale of 2^exponent, and the squared error they leave."""
+    """Return the 4-bit codes of `groups` at a scale of 2^exponent, and the squared error they leave."""
     scaled = torch.ldexp(groups, -exponent[..., None])
     # Midpoints between the e2m1 values; those that must round up to the even code are one ulp lower.
     edges = torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0], device=groups.device)
@@ -137,7 +137,7 @@ def input_gradient(
 
 
 def _row_chunks(blocks: Tensor, scales: Tensor, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-    """The matrix a few rows at a time, still in cache when the matmul reads them; the next rows overwrite them."""
+    """Yield the matrix a few rows at a time, in cache when the matmul reads them; the next overwrite them."""
     products = cpu.compiled(blocks, scales)
     if products and not products.covers_unpacking(blocks, scales):
         products = None

@@ -52,7 +52,7 @@ class Build:
 
 
 def detect(root: Path = Path("/"), system: str = sys.platform) -> Machine:
-    """The operating system and the GPU, read from the drivers' own files and from `nvidia-smi`."""
+    """Return the operating system and the GPU, read from the drivers' own files and from `nvidia-smi`."""
     if system == "darwin":
         return Machine(system)
     if shutil.which("nvidia-smi"):
@@ -72,7 +72,7 @@ def detect(root: Path = Path("/"), system: str = sys.platform) -> Machine:
 
 
 def choose(asked: str, machine: Machine) -> Build:
-    """The build for this machine, or the one that was asked for.
+    """Return the build for this machine, or the one that was asked for.
 
     Raises:
         ValueError: asked is neither auto, cpu, cuda, rocm nor a folder of PyTorch's index.
@@ -100,13 +100,13 @@ def choose(asked: str, machine: Machine) -> Build:
 
 
 def pinned(constraints: Path | None) -> str:
-    """The version of torch in a constraints file, or "" where none is pinned."""
+    """Return the version of torch in a constraints file, or "" where none is pinned."""
     match = re.search(r"^torch==([\w.]+)", constraints.read_text() if constraints else "", re.MULTILINE)
     return match[1] if match else ""
 
 
 def lists_version(folder: str, version: str) -> bool:
-    """Whether a folder of PyTorch's index answers, and lists this version of torch."""
+    """Return whether a folder of PyTorch's index answers, and lists this version of torch."""
     try:
         with urllib.request.urlopen(f"{INDEX}/{folder}/torch/", timeout=TIMEOUT_S) as page:
             return f"torch-{version}" in page.read().decode(errors="replace")
@@ -115,7 +115,7 @@ def lists_version(folder: str, version: str) -> bool:
 
 
 def installed_kind() -> str:
-    """The kind of torch that is installed here ("cpu", "cuda" or "rocm"), or "" where none is."""
+    """Return the kind of torch that is installed here ("cpu", "cuda" or "rocm"), or "" where none is."""
     try:
         version = metadata.version("torch")
     except metadata.PackageNotFoundError:
@@ -128,7 +128,9 @@ def installed_kind() -> str:
 
 
 def plan(build: Build, version: str, listed: Callable[[str, str], bool] = lists_version) -> tuple[str, str]:
-    """The folder of PyTorch's index to install from ("" for the ordinary wheel), and the line that states why."""
+    """Return the folder of PyTorch's index to install from ("" for the ordinary wheel), and the line that states
+    why.
+    """
     if not build.folders:
         return "", f"torch {version}: the ordinary wheel ({build.kind}), as {build.reason}"
     for folder in build.folders:

@@ -153,24 +153,52 @@ def of_less_work(words: list[str]) -> list[str]:
     return ["--sequences", "36", *(part for name in options for part in ("--option", f"{name}={LESS_WORK[name]}"))]
 
 
+class ServedError(Exception):
+    """A command has come to where its server would listen."""
+
+
 def run(words: list[str]) -> None:
-    """One command as it stands, in this process; what serves has its own, is asked for a page and ended."""
-    assert words[0] in ("workbench", "panel"), f"a command that no test runs: {shlex.join(words)}"
-    if words[1] not in ("dashboard", "live", "serve"):
+    """One command as it stands, in this process; what serves ends where it would listen.
+
+    That servers answer is tested with the dashboard and the live page, whose processes take seconds to start.
+    """
+    if words[0] == "panel":
+        serve_by_panel(words)
+        return
+    assert words[0] == "workbench", f"a command that no test runs: {shlex.join(words)}"
+    if words[1] not in ("dashboard", "live"):
         done = run_command(*words[1:], *of_less_work(words))
         assert done.code == 0, (shlex.join(words), done.err[-2000:])
         return
-    module = {"workbench": "workbench.cli", "panel": "panel"}[words[0]]
-    command = [sys.executable, "-m", module, *words[1:]]
     port = free_port()
-    at = command.index("--args") if "--args" in command else len(command)
-    command[at:at] = ["--port", str(port)]
+
+    def listen(pages: Any, **options: Any) -> None:
+        assert callable(pages["/"])
+        raise ServedError(options["port"])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("panel.serve", listen)
+        patch.setattr("workbench.dashboards.app._warm", lambda registry: None)  # which would go on afterwards
+        with pytest.raises(ServedError, match=f"^{port}$"):
+            run_command(*words[1:], "--port", str(port))
+
+
+def serve_by_panel(words: list[str]) -> None:
+    """Start Panel's own server with a page as it stands, and end it when it answers."""
+    port = free_port()
+    command = [sys.executable, "-m", *words]
+    command[command.index("--args") : command.index("--args")] = ["--port", str(port)]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     try:
         wait_for(port, server)
     finally:
         server.terminate()
         server.wait(300)
+
+
+def test_a_command_that_does_not_serve_is_noticed(tmp_path: Path) -> None:
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        run(["workbench", "dashboard", str(tmp_path / "none.zarr")])
 
 
 def broken_links(page: Path) -> list[str]:

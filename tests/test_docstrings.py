@@ -8,6 +8,7 @@ A method without a docstring of its own is documented by its class.
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,6 +26,19 @@ VERB = (
     r"|Generate|Compile|Take|Sum|Import|Attach|Count|Apply|Start|Label|Propagate|Call|Raise|Train|Put|Capture|Launch|Decode|Give|Turn|Replace)\b"
 )
 ARRAYS = ("Tensor", "ndarray", "NDArray")
+
+
+@cache
+def tree_of(source: str) -> ast.Module:
+    """Return the syntax tree of a source, which several tests read."""
+    return ast.parse(source)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def trees() -> Iterator[None]:
+    """Forget the trees at the end, as they take much memory."""
+    yield
+    tree_of.cache_clear()
 
 
 class Function(NamedTuple):
@@ -76,14 +90,14 @@ def has_bare_array(annotation: ast.expr) -> bool:
 
 def missing_raises(source: str) -> list[str]:
     """Return the names of functions that raise InputError and do not document it."""
-    documented = functions(ast.parse(source))
+    documented = functions(tree_of(source))
     return [f.name for f in documented if raises_input_error(f.node) and "Raises:" not in f.docstring]
 
 
 def missing_shapes(source: str) -> list[str]:
     """Return the names of functions with an array whose shape stands neither in the signature nor in the docstring."""
     names = []
-    for f in functions(ast.parse(source)):
+    for f in functions(tree_of(source)):
         arguments = [*f.node.args.posonlyargs, *f.node.args.args, *f.node.args.kwonlyargs]
         annotations = [a.annotation for a in arguments if a.annotation] + ([f.node.returns] if f.node.returns else [])
         if any(map(has_bare_array, annotations)) and "[" not in f.docstring:
@@ -109,7 +123,7 @@ def test_shapes_are_documented() -> None:
 def test_first_lines_are_sentences() -> None:
     """A docstring starts with a capital letter or a name in code, and its first paragraph ends with a full stop."""
     for path, text in sources().items():
-        for function in functions(ast.parse(text)):
+        for function in functions(tree_of(text)):
             first = (ast.get_docstring(function.node) or "It.").split("\n\n")[0]
             assert first.rstrip("`")[-1] in ".:)" or first.startswith("`"), f"{path}: {function.name}: {first}"
 
@@ -117,7 +131,7 @@ def test_first_lines_are_sentences() -> None:
 def without_verb(source: str) -> list[str]:
     """Return the names of functions with a result whose docstring does not begin with a verb."""
     lines = []
-    for f in functions(ast.parse(source)):
+    for f in functions(tree_of(source)):
         own, returns = ast.get_docstring(f.node), f.node.returns
         if own and returns is not None and ast.unparse(returns) != "None" and not re.match(VERB, own):
             lines.append(f"{f.name}: {own.splitlines()[0]}")

@@ -14,6 +14,7 @@ import re
 import subprocess
 import tokenize
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,19 @@ ALLOWED_NAMES = {  # file → names that are not ours to choose, with the reason
 }
 
 
+@cache
+def tree_of(source: str) -> ast.Module:
+    """Return the syntax tree of a source, which several tests read."""
+    return ast.parse(source)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def trees() -> Iterator[None]:
+    """Forget the trees at the end, as they take much memory."""
+    yield
+    tree_of.cache_clear()
+
+
 def strings(path: Path) -> Iterator[tuple[int, str]]:
     """Return line numbers and texts that a user can read in a file."""
     text = path.read_text(encoding="utf-8")
@@ -117,7 +131,7 @@ def strings(path: Path) -> Iterator[tuple[int, str]]:
             if cell["cell_type"] == "markdown":
                 yield number, "".join(cell["source"])
     elif path.suffix == ".py":
-        tree = ast.parse(text)
+        tree = tree_of(text)
         examples = path.is_relative_to(ROOT / "tests")  # their strings are inputs: only docstrings are texts
         documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
         for node in ast.walk(tree):
@@ -185,7 +199,7 @@ def unhelpful_names(path: Path) -> list[str]:
     return [
         f"{name}:{line}: {given!r}: name the thing that it is"
         for code in code_of(path)
-        for line, given in names_in(ast.parse(code))
+        for line, given in names_in(tree_of(code))
         if given.strip("_") in NO_NAMES and given not in ALLOWED_NAMES.get(name, {})
     ]
 
@@ -240,7 +254,7 @@ def test_a_name_that_states_nothing_is_noticed(code: str, tmp_path: Path) -> Non
 
 def test_allowed_names_are_still_used() -> None:
     for name, allowed in ALLOWED_NAMES.items():
-        given = {n for code in code_of(ROOT / name) for _, n in names_in(ast.parse(code))}
+        given = {n for code in code_of(ROOT / name) for _, n in names_in(tree_of(code))}
         assert set(allowed) <= given
 
 

@@ -120,7 +120,7 @@ class FileLock:
             raise InputError(f"{self._target} cannot be locked: {self.path}: {error.strerror}") from error
 
     def _locked(self, descriptor: int) -> bool:
-        """Whether the descriptor is locked and still the file of that name; closed otherwise."""
+        """Return whether the descriptor is locked and still the file of that name; closed otherwise."""
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             opened, on_disk = os.fstat(descriptor), os.stat(self.path, follow_symlinks=False)

@@ -148,14 +148,14 @@ def compile_loops() -> None:
 
 
 def _plain(tensor: Tensor) -> bool:
-    """Whether a tensor is ordinary memory that no gradient is wanted of."""
+    """Return whether a tensor is ordinary memory that no gradient is wanted of."""
     wants_gradient = tensor.requires_grad and torch.is_grad_enabled()
     ordinary = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu"
     return ordinary and not wants_gradient and not dispatch.on_gpu(tensor)
 
 
 def _followed() -> bool:
-    """Whether torch follows its operators: to trace, to transform or to count them, which must see all of them."""
+    """Return whether torch follows its operators (traces, transforms or counts them) and must see all of them."""
     return bool(
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()

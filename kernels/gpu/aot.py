@@ -154,7 +154,7 @@ def _unguarded(lines: Sequence[str]) -> int:
 
 
 def _blocks(target: Target, warps: int, registers: int, shared: int, tensor_columns: int) -> int:
-    """Blocks that fit a multiprocessor, of whose registers and threads each of four partitions has a quarter."""
+    """Return blocks that fit a multiprocessor, of whose registers and threads each of four partitions has a quarter."""
     lanes = -(-max(registers, 1) // 8) * 8 * target.warp
     resident = 4 * min(target.registers // 4 // lanes, target.threads // 4 // target.warp)
     limits = [target.blocks, resident // warps]
@@ -166,7 +166,7 @@ def _blocks(target: Target, warps: int, registers: int, shared: int, tensor_colu
 
 
 def _nvidia(asm: Mapping[str, Any], warps: int) -> tuple[int, int, list[str], Loop | None]:
-    """Registers, spilled bytes (stored and loaded), matrix instructions and the main loop, from the machine code."""
+    """Return registers, spilled bytes, matrix instructions and the main loop, from the machine code."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
@@ -203,7 +203,7 @@ def _tcgen05_flops(ptx: str) -> int:
 
 
 def _amd(asm: Mapping[str, Any], warps: int) -> tuple[int, int, list[str], Loop | None]:
-    """The same from the assembly; registers are those of both files, vector and accumulation."""
+    """Return the same from the assembly; registers are those of both files, vector and accumulation."""
     text = asm["amdgcn"]
     facts = {k: int(v) for k, v in re.findall(r"\.(vgpr_count|vgpr_spill_count):\s*(\d+)", text)}
     lines = [line.strip() for line in text.splitlines()]
@@ -228,7 +228,7 @@ def _flops(line: str, tensor: int) -> int:
 
 
 def _main_loop(lines: Sequence[str], spans: Sequence[tuple[int, int]], tensor: int = 0) -> Loop | None:
-    """The innermost loop with the most flops an instruction, among spans from a jump's goal to the jump."""
+    """Return the innermost loop with the most flops an instruction, among spans from a jump's goal to the jump."""
     flops = [_flops(line, tensor) for line in lines]
     loops = {span for span in spans if any(flops[span[0] : span[1] + 1])}
     inner = [(a, b) for a, b in loops if not any((a, b) != (c, d) and a <= c and d <= b for c, d in loops)]

@@ -178,7 +178,7 @@ def _run(shape: AttentionShape, sinks: Tensor | None) -> tuple[Tensor, Tensor, T
     lse, sink = torch.empty(2, *q.shape[:3], dtype=torch.float32, device=q.device)
     target = tiles.target(q)
     together = shape.longest * shape.heads // shape.kv  # rows of a tile that all heads of a kv head share
-    if not shape.packed and together <= tiles.most_rows_to_split(target):
+    if not shape.packed and together <= tiles.MOST_ROWS_TO_SPLIT:
         _decode(shape, sinks, z, lse, sink, together)
         return z, lse, sink
     tile = tiles.attention_tile(shape.sizes["WIDTH"], q.dtype, target)

@@ -245,7 +245,7 @@ class _Layer(NamedTuple):
     def activate_backward(
         self, h: Tensor, dpost: Tensor, gates: Tensor | None = None, *, overwrite: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """Gradients of h, in its memory if it may be overwritten, and with gates the share of theirs in dpost."""
+        """Return gradients of h, in its memory if that is free, and with gates the share of theirs in dpost."""
         tile, dh = tiles.swiglu_tile(), h if overwrite else torch.empty_like(h)
         dgates = torch.empty(len(h), dtype=torch.float32, device=h.device)
         _swiglu_backward[(len(h),)](

@@ -34,6 +34,7 @@ class Tile(NamedTuple):
 
 
 SMALLEST_OPERAND = 16  # rows and columns: what a matrix instruction takes at least
+MOST_ROWS_TO_SPLIT = 16  # queries × heads of a key-value head, up to which a decoding step divides the keys
 _MATRIX_BLOCKS = ("BLOCK_M", "BLOCK_N", "BLOCK_K")
 
 
@@ -187,11 +188,6 @@ def attention_tile(width: int, dtype: torch.dtype, target: str) -> Tile:
     if target == "sm_90":
         return Tile({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 3)
     return Tile({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 3)  # 128 queries spill, or leave one block
-
-
-def most_rows_to_split(target: str) -> int:
-    """Return the number of rows (queries × heads of a key-value head) up to which the keys are split."""
-    return 16
 
 
 @measured

@@ -12,7 +12,7 @@ from workbench.runs import Run, open_run
 
 
 def draw(run: Run) -> dict[str, GalleryItem]:
-    """The panels by name."""
+    """Return the panels by name."""
     load = studies.routing.load(run)
     effort = str(load["effort"].values[-1])
     items = {

@@ -10,7 +10,7 @@ from workbench.runs import Run, open_run
 
 
 def draw(run: Run) -> dict[str, GalleryItem]:
-    """The panels by name."""
+    """Return the panels by name."""
     gallery = channels.gallery(studies.run_study("channels", run))
     panels = {"a_by_layer": "routing_sizes", "b_experts": "routing_analysis_vs_final_matched", "c_sinks": "sinks_sizes"}
     return {f"figure_2{panel}": gallery[name] for panel, name in panels.items() if name in gallery}

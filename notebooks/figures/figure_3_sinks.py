@@ -12,7 +12,7 @@ from workbench.runs import Run, open_run
 
 
 def draw(run: Run) -> dict[str, GalleryItem]:
-    """The panels by name."""
+    """Return the panels by name."""
     mass = studies.sinks.mass(run)
     effort = str(mass["effort"].values[-1])
     cell = mass.sel(channel="analysis", effort=effort)

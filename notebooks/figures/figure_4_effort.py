@@ -10,7 +10,7 @@ from workbench.runs import Run, open_run
 
 
 def draw(run: Run) -> dict[str, GalleryItem]:
-    """The panels by name."""
+    """Return the panels by name."""
     gallery = effort.gallery(studies.run_study("effort", run))
     panels = {"a_accuracy": "accuracy_by_tokens", "b_routing": "routing_sizes"}
     return {f"figure_4{panel}": gallery[name] for panel, name in panels.items() if name in gallery}

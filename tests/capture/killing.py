@@ -1,14 +1,15 @@
-"""A process that starts commands and kills them: `python -m tests.capture.killing KIND FOLDER KILLS SEED SIGNAL`.
+"""A process that starts commands and kills them: `python -m tests.capture.killing FOLDER SEED SIGNAL KIND=KILLS …`.
 
 KIND: "capture", "workers" (capture by two processes), "s3" (capture into `s3://runs`), "generate", "transcripts",
-"finetune", or "branching" (the study sentence-importance with its stored continuations). FOLDER holds prompts.jsonl,
-transcripts.jsonl and, for "branching", run.zarr. SIGNAL: "KILL", "INT", or "both" in turn. Children are forked off a
+"finetune", or "branching" (the study sentence-importance with its stored continuations). FOLDER/KIND holds
+prompts.jsonl, transcripts.jsonl or run.zarr. SIGNAL: "KILL", "INT", or "both" in turn. Children are forked off a
 process that has imported everything, so a kill costs a fraction of a second and falls anywhere between the first file
-and the last. An output that gets to its end is left for the test, and the next begins. Prints how many kills and
-outputs there were.
+and the last. An output that gets to its end is left for the test, and the next begins. Prints as JSON how many kills
+and outputs of each kind there were, or why it failed.
 """
 
 import contextlib
+import json
 import os
 import signal
 import sys
@@ -78,11 +79,23 @@ def arguments(kind: str, folder: Path, number: int, url: str) -> list[str]:
     return ["capture", "nano", str(transcripts), target, *CAPTURE, *(["--workers", "2"] if kind == "workers" else [])]
 
 
-def main(kind: str, folder: Path, kills: int, seed: int, signals: list[signal.Signals]) -> None:
+def main(folder: Path, seed: int, signals: list[signal.Signals], kinds: dict[str, int]) -> None:
     torch.set_num_threads(1)  # what is forked has no other threads
     wb.load("nano", dtype=torch.float32)
     finetune._SAVE_S = 0.0  # after every step, not every two minutes
-    rng = np.random.default_rng(seed)
+    results: dict[str, tuple[int, int] | str] = {}
+    for kind, kills in kinds.items():
+        try:
+            results[kind] = _kill_often(kind, folder / kind, kills, np.random.default_rng(seed), signals)
+        except SystemExit as failed:
+            results[kind] = str(failed)
+    print(json.dumps(results))
+
+
+def _kill_often(
+    kind: str, folder: Path, kills: int, rng: np.random.Generator, signals: list[signal.Signals]
+) -> tuple[int, int]:
+    """Kill commands of a kind; return the numbers of kills and of outputs that came to their end."""
     killed = outputs = 0
     longest, resumes = 0.0, False
     with serving() if kind == "transcripts" else contextlib.nullcontext("") as url:
@@ -103,7 +116,7 @@ def main(kind: str, folder: Path, kills: int, seed: int, signals: list[signal.Si
             resumes = status is None
             if "Traceback" in (text := (folder / "stderr").read_text()):
                 raise SystemExit(f"{kind}: a traceback: {text[-1500:]}")
-    print(f"{killed} kills, {outputs} outputs")
+    return killed, outputs
 
 
 def _started(words: list[str], errors: Path) -> int:
@@ -147,5 +160,6 @@ def _ends_within(child: int, seconds: float) -> int | None:
 
 
 if __name__ == "__main__":
-    names = ("KILL", "INT") if sys.argv[5] == "both" else (sys.argv[5],)
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), [signal.Signals[f"SIG{n}"] for n in names])
+    names = ("KILL", "INT") if sys.argv[3] == "both" else (sys.argv[3],)
+    wanted = {kind: int(kills) for kind, kills in (word.split("=") for word in sys.argv[4:])}
+    main(Path(sys.argv[1]), int(sys.argv[2]), [signal.Signals[f"SIG{n}"] for n in names], wanted)

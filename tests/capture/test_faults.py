@@ -66,17 +66,49 @@ def command(transcripts: Path, path: Path, *more: str) -> list[str]:
     ]
 
 
-def kill(kind: str, folder: Path, kills: int) -> int:
-    """Kill a command at random moments, by SIGKILL and SIGINT in turn; return how many outputs came to their end."""
-    script = [sys.executable, "-m", "tests.capture.killing", kind, str(folder), str(kills), "0", "both"]
+def kill(folder: Path, **kinds: int) -> dict[str, Any]:
+    """Kill commands of some kinds at random moments, each so often, by SIGKILL and SIGINT in turn.
+
+    Return by kind the number of kills and of outputs that came to their end, or why it failed.
+    """
+    script = [sys.executable, "-m", "tests.capture.killing", str(folder), "0", "both"]
+    script += [f"{kind}={kills}" for kind, kills in kinds.items()]
     done = subprocess.run(
         script, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
-    killed, outputs = map(int, re.findall(r"\d+", done.stdout))
-    assert killed == kills
+    results: dict[str, Any] = json.loads(done.stdout)
+    return results
+
+
+def outputs_of(killed: dict[str, Any], kind: str) -> int:
+    """Return how many outputs of a kind came to their end."""
+    assert not isinstance(killed[kind], str), killed[kind]
+    outputs = int(killed[kind][1])
     assert outputs >= 1
     return outputs
+
+
+@pytest.fixture(scope="module")
+def killed(
+    transcripts: Path, undisturbed: Path, tmp_path_factory: pytest.TempPathFactory, long: bool
+) -> tuple[Path, dict[str, Any]]:
+    """Commands of all kinds, killed by one process: it takes long to import what they need."""
+    folder = tmp_path_factory.mktemp("killed")
+    for kind in ("capture", "finetune", "branching", "generate", "transcripts"):
+        (folder / kind).mkdir()
+    for kind in ("capture", "finetune"):
+        shutil.copy(transcripts, folder / kind / "transcripts.jsonl")
+    for kind in ("generate", "transcripts"):
+        prompts = (DATA / "prompts.jsonl").read_text().splitlines(True)[:3]
+        (folder / kind / "prompts.jsonl").write_text("".join(prompts))
+    shutil.copytree(undisturbed, folder / "branching" / "run.zarr")
+    often = (50, 30, 30, 50, 50) if long else (8, 3, 3, 4, 4)
+    # transcripts last: their mock server is a thread
+    kinds = dict(zip(("capture", "finetune", "branching", "generate", "transcripts"), often, strict=True))
+    results = kill(folder, **kinds)
+    assert {kind: result[0] for kind, result in results.items() if not isinstance(result, str)}.items() <= kinds.items()
+    return folder, results
 
 
 def leftovers(folder: Path, kind: str, unfinished: int | None = None) -> list[str]:
@@ -93,29 +125,27 @@ def leftovers(folder: Path, kind: str, unfinished: int | None = None) -> list[st
 
 @pytest.mark.slow
 def test_kills_of_a_capture_at_random_moments_lose_nothing(
-    nano: GptOss, transcripts: Path, undisturbed: Path, tmp_path: Path, stored: Stored, long: bool
+    nano: GptOss, killed: tuple[Path, dict[str, Any]], undisturbed: Path, stored: Stored
 ) -> None:
-    shutil.copy(transcripts, tmp_path / "transcripts.jsonl")
-    outputs = kill("capture", tmp_path, 50 if long else 8)
-    last = tmp_path / f"capture-{outputs}"
-    wb.capture(nano, transcripts, last, **OPTIONS)
+    folder, outputs = killed[0] / "capture", outputs_of(killed[1], "capture")
+    last = folder / f"capture-{outputs}"
+    wb.capture(nano, folder / "transcripts.jsonl", last, **OPTIONS)
     want = stored(undisturbed)
     for number in range(outputs + 1):
-        assert stored(tmp_path / f"capture-{number}") == want, number
-    assert not leftovers(tmp_path, "capture")
+        assert stored(folder / f"capture-{number}") == want, number
+    assert not leftovers(folder, "capture")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["generate", "transcripts"])
-def test_kills_of_a_file_of_rows_lose_nothing(tmp_path: Path, kind: str, long: bool) -> None:
+def test_kills_of_a_file_of_rows_lose_nothing(killed: tuple[Path, dict[str, Any]], kind: str) -> None:
     """Files that were interrupted and those that were not are the same, to the byte, but for the time of an answer."""
-    (tmp_path / "prompts.jsonl").write_text("".join((DATA / "prompts.jsonl").read_text().splitlines(True)[:3]))
-    outputs = kill(kind, tmp_path, 50 if long else 4)
-    texts = {re.sub(r'"date": "[^"]*"', "", (tmp_path / f"{kind}-{n}.jsonl").read_text()) for n in range(outputs)}
+    folder, outputs = killed[0] / kind, outputs_of(killed[1], kind)
+    texts = {re.sub(r'"date": "[^"]*"', "", (folder / f"{kind}-{n}.jsonl").read_text()) for n in range(outputs)}
     assert len(texts) == 1
     (text,) = texts
     assert [json.loads(line)["id"].split("/")[1] for line in text.splitlines()] == ["low", "medium", "high"] * 3
-    assert not leftovers(tmp_path, kind)
+    assert not leftovers(folder, kind)
 
 
 def written(folder: Path, name: str) -> dict[str, bytes]:
@@ -131,37 +161,37 @@ def written(folder: Path, name: str) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
-def test_kills_of_a_training_lose_nothing(transcripts: Path, tmp_path: Path, long: bool) -> None:
+def test_kills_of_a_training_lose_nothing(killed: tuple[Path, dict[str, Any]]) -> None:
     """The weights and the losses of every adapter are those of a training that nobody disturbed."""
-    shutil.copy(transcripts, tmp_path / "transcripts.jsonl")
-    outputs = kill("finetune", tmp_path, 30 if long else 3)
-    outputs_written = [written(tmp_path, f"finetune-{number}") for number in range(outputs)]
+    folder, outputs = killed[0] / "finetune", outputs_of(killed[1], "finetune")
+    outputs_written = [written(folder, f"finetune-{number}") for number in range(outputs)]
     assert {"OUT/adapter_model.safetensors", "OUT/training.json"} <= outputs_written[0].keys()
     assert all(one == outputs_written[0] for one in outputs_written)
-    assert not leftovers(tmp_path, "finetune", outputs)
+    assert not leftovers(folder, "finetune", outputs)
 
 
 @pytest.mark.slow
-def test_kills_of_a_study_of_branches_lose_nothing(undisturbed: Path, tmp_path: Path, long: bool) -> None:
+def test_kills_of_a_study_of_branches_lose_nothing(killed: tuple[Path, dict[str, Any]]) -> None:
     """The stored continuations and the tables of every study are those of one that nobody disturbed."""
-    shutil.copytree(undisturbed, tmp_path / "run.zarr")
-    outputs = kill("branching", tmp_path, 30 if long else 3)
-    outputs_written = [written(tmp_path, f"branching-{number}") for number in range(outputs)]
+    folder, outputs = killed[0] / "branching", outputs_of(killed[1], "branching")
+    outputs_written = [written(folder, f"branching-{number}") for number in range(outputs)]
     assert "OUT.jsonl" in outputs_written[0]
     assert any(name.startswith("OUT/") and name.endswith(".csv") for name in outputs_written[0])
     assert all(one == outputs_written[0] for one in outputs_written)
-    assert not leftovers(tmp_path, "branching", outputs)
+    assert not leftovers(folder, "branching", outputs)
 
 
 @pytest.mark.long
 def test_kills_of_a_capture_by_workers_lose_nothing(
     nano: GptOss, transcripts: Path, undisturbed: Path, tmp_path: Path, stored: Stored
 ) -> None:
-    shutil.copy(transcripts, tmp_path / "transcripts.jsonl")
-    outputs = kill("workers", tmp_path, 20)
-    wb.capture(nano, transcripts, tmp_path / f"workers-{outputs}", **OPTIONS)
+    folder = tmp_path / "workers"
+    folder.mkdir()
+    shutil.copy(transcripts, folder / "transcripts.jsonl")
+    outputs = outputs_of(kill(tmp_path, workers=20), "workers")
+    wb.capture(nano, transcripts, folder / f"workers-{outputs}", **OPTIONS)
     for number in range(outputs + 1):
-        assert stored(tmp_path / f"workers-{number}") == stored(undisturbed), number
+        assert stored(folder / f"workers-{number}") == stored(undisturbed), number
 
 
 @pytest.mark.long
@@ -173,8 +203,9 @@ def test_kills_of_a_capture_into_s3_lose_nothing(
     stored: Stored,
     s3: str,  # noqa: F811
 ) -> None:
-    shutil.copy(transcripts, tmp_path / "transcripts.jsonl")
-    outputs = kill("s3", tmp_path, 30)
+    (tmp_path / "s3").mkdir()
+    shutil.copy(transcripts, tmp_path / "s3" / "transcripts.jsonl")
+    outputs = outputs_of(kill(tmp_path, s3=30), "s3")
     wb.capture(nano, transcripts, f"{s3}/s3-{outputs}", **OPTIONS)
     for number in range(outputs + 1):
         storage = storage_at(f"{s3}/s3-{number}")

@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -14,8 +13,6 @@ from tests.serving import free_port, wait_for
 
 playwright = pytest.importorskip("playwright.sync_api")
 from playwright.sync_api import Browser, Frame, Page  # noqa: E402
-
-SCREENSHOTS = Path(__file__).parents[2] / "screenshots"
 
 # names of controls that a screen reader would not find
 UNNAMED = """() => { const found = [];

@@ -9,7 +9,7 @@ import pytest
 
 import workbench as wb
 from tests.browser import expect_value, read_until
-from tests.dashboards.browsing import SCREENSHOTS, Session, frame_of, serve, stop
+from tests.dashboards.browsing import Session, frame_of, serve, stop
 from tests.dashboards.test_pages import violations
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -61,7 +61,6 @@ def test_a_conversation_is_coloured_described_searched_and_replayed(demo: str, b
     frame.select_option("#speed", "100")
     frame.click("#play")
     frame.wait_for_function("now > 0")
-    session.page.screenshot(path=SCREENSHOTS / "transcript-1280.png")
     replayed, routed = frame.evaluate("[now, counts[0].reduce((a, b) => a + b, 0)]")
     assert replayed > 0
     assert routed == 4 * replayed

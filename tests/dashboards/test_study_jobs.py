@@ -15,6 +15,7 @@ from tests.conftest import DATA
 from tests.runs.conftest import LENGTHS, job, write_unit
 from workbench.capture.plan import plan_units
 from workbench.child_processes import python
+from workbench.dashboards import study_jobs
 from workbench.dashboards.state import RunRegistry
 from workbench.dashboards.study_jobs import Answer, StudyJobs
 from workbench.runs import Run
@@ -99,6 +100,22 @@ def test_a_growing_run_is_studied_once_for_each_visit(tmp_path: Path) -> None:
         registry.study("routing", "r")()
         assert asked[2][0] != first
         registry.jobs.close()
+
+
+def test_few_results_stay_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that were asked for last; one that was dropped is read again."""
+    monkeypatch.setattr(study_jobs, "_IN_MEMORY", 2)
+    jobs, read = StudyJobs(tmp_path), list[str]()
+
+    def get(study: str, *_: Any) -> dict[str, xr.Dataset]:
+        read.append(study)
+        return {study: xr.Dataset()}
+
+    monkeypatch.setattr(jobs, "_get", get)
+    for study in ("a", "b", "a", "c", "a", "b"):
+        assert list(wait_for(jobs, study, ["r.zarr"], "digest").datasets or ()) == [study]
+    jobs.close()
+    assert read == ["a", "b", "c", "b"]
 
 
 def test_a_study_is_cached_though_its_server_was_killed(tmp_path: Path, run: Run) -> None:

@@ -58,6 +58,8 @@ def test_a_short_table_is_saved_without_the_server() -> None:
     assert (unescape(name), others) == ('load of "a".csv', [])
     text = base64.b64decode(address.partition("base64,")[2]).decode()
     assert pd.read_csv(io.StringIO(text)).equals(rows)
+    formula = pd.DataFrame({"id": ["=1+1"] * 20})  # of a run from elsewhere; spreadsheets would compute it
+    assert widgets.table_content(formula, "ids")[-1].callback().read().splitlines() == ["id", *["'=1+1"] * 20]
     assert not pd.read_csv(io.StringIO(text)).equals(rows.round(2)), "negative control: all decimals are there"
 
 

@@ -23,6 +23,11 @@ MAKE = {
 }
 
 
+@pytest.fixture(scope="module")
+def nano() -> GptOss:
+    return wb.load("nano", dtype=torch.float32)
+
+
 @pytest.fixture(scope="session")
 def models() -> dict[str, GptOss]:
     return {name: make().requires_grad_(False) for name, make in MAKE.items()}

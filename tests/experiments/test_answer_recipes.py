@@ -20,11 +20,6 @@ def rows() -> list[Transcript]:
     return [row for row in every if row.effort == "medium" and row.meta["task"] in ("recall", "reverse")][::5]
 
 
-@pytest.fixture(scope="module")
-def nano() -> GptOss:
-    return wb.load("nano", dtype=torch.float32)
-
-
 def test_doses_are_different_finite_numbers() -> None:
     assert read_doses("0,0.5,2") == [0, 0.5, 2]
     assert read_doses(2) == [2]

@@ -25,11 +25,6 @@ def rows() -> list[Transcript]:
     return [row for row in every if row.effort == "low" and row.meta["task"] in ("recall", "sort", "reverse")][::3]
 
 
-@pytest.fixture(scope="module")
-def nano() -> GptOss:
-    return wb.load("nano", dtype=torch.float32)
-
-
 @contextmanager
 def equal_experts(model: GptOss) -> Iterator[None]:
     """All experts of a layer are copies of its first."""

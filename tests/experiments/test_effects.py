@@ -35,11 +35,6 @@ def base() -> GptOss:
 
 
 @pytest.fixture(scope="module")
-def nano() -> GptOss:
-    return wb.load("nano", dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
 def arithmetic() -> list[Transcript]:
     rows = transcripts(wb.open_run(DATA / "demo.zarr"))
     return [row for row in rows if row.effort == "high" and row.correct and row.meta["task"] == "product"][:8]

@@ -25,11 +25,6 @@ GENERATED = tracing.CLASSES.index("generated tokens")
 
 
 @pytest.fixture(scope="module")
-def nano() -> GptOss:
-    return wb.load("nano", dtype=torch.float32)
-
-
-@pytest.fixture(scope="module")
 def rows() -> list[Transcript]:
     every = transcripts(wb.open_run(DATA / "demo.zarr"))
     return [r for r in every if r.effort == "low" and r.meta["task"] in ("recall", "sort", "reverse")][::4][:14]

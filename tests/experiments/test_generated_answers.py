@@ -31,11 +31,6 @@ def rows() -> list[Transcript]:
     return [row for row in every if row.effort == "low" and row.meta["task"] in ("recall", "reverse")][::5]
 
 
-@pytest.fixture(scope="module")
-def nano() -> GptOss:
-    return wb.load("nano", dtype=torch.float32)
-
-
 @contextmanager
 def carried_by_an_expert(model: GptOss) -> Iterator[None]:
     """Every token goes to one expert; where it does not, its residual stream is turned around."""

@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
 import workbench as wb
 from tests.conftest import DATA
@@ -16,11 +15,6 @@ from workbench.experiments.hidden_messages import message_tokens, readers
 from workbench.harmony.transcripts import Transcript
 from workbench.hooks.interventions import knockout
 from workbench.model.transformer import GptOss
-
-
-@pytest.fixture(scope="module")
-def nano() -> GptOss:
-    return wb.load("nano", dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")

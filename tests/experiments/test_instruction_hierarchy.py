@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 import workbench as wb
 from tests.conftest import DATA
@@ -18,11 +17,6 @@ from workbench.model.transformer import GptOss
 
 WORDS = "b,d,f,h,k,m,p,t,v,x"
 DEVELOPER = "developer over user"
-
-
-@pytest.fixture(scope="module")
-def nano() -> GptOss:
-    return wb.load("nano", dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")

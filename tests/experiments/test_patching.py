@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-import torch
 
 import workbench as wb
 from tests.conftest import DATA
@@ -15,11 +14,6 @@ from workbench.harmony.transcripts import Transcript
 from workbench.model.transformer import GptOss
 
 pytestmark = pytest.mark.filterwarnings("ignore:only .* prompts")
-
-
-@pytest.fixture(scope="module")
-def nano() -> GptOss:
-    return wb.load("nano", dtype=torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +48,6 @@ def test_a_patched_effort_word_is_the_other_word(
     assert changes[0, 0] == pytest.approx(exchanged - base, abs=1e-2)
     np.testing.assert_allclose(changes[1:, 0], 0, atol=1e-3)
     np.testing.assert_allclose(changes[:, -1], 0, atol=1e-3)  # no layer reads what the last one wrote
-    print(changes)
     later = np.arange(patching.token_classes(own, other)[0][0], own.n_prompt)
     monkeypatch.setattr(patching, "token_classes", lambda *_: [later])
     at_once = patching._changes(nano, own, other)

@@ -26,11 +26,6 @@ def rows() -> list[Transcript]:
     return [row for row in every if row.effort == "low" and row.meta["task"] in ("recall", "sort")][::6]
 
 
-@pytest.fixture(scope="module")
-def nano() -> GptOss:
-    return wb.load("nano", dtype=torch.float32)
-
-
 @contextmanager
 def planted(model: GptOss, expert: int) -> Iterator[None]:
     """One expert's bias writes a huge entry at every token that it is chosen for."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformer_lens import ActivationCache
 
 from tests.model.conftest import BASE, random_model
+from workbench.errors import InputError
 from workbench.hooks.edits import Edit
 from workbench.hooks.interventions import (
     ablate,
@@ -33,6 +34,7 @@ from workbench.hooks.interventions import (
     set_sinks,
     steer,
 )
+from workbench.hooks.targets import at_layers
 from workbench.model.cache import KVCache
 from workbench.model.transformer import GptOss
 
@@ -323,6 +325,15 @@ def test_an_intervention_that_meets_no_token_is_an_error(base: GptOss) -> None:
         run(base, knockout(0, [29], [2]))  # outside its window
     with pytest.raises(ValueError, match="no token matched"), applied(base, forbid(1, [2])):
         pass
+
+
+def test_an_edit_that_changes_the_shape_is_refused(base: GptOss) -> None:
+    def first_rows(n: int) -> Edit:
+        return Edit("first rows", at_layers(1, "hook_resid_pre", lambda x, at: (x[:n], 1, 1)))
+
+    run(base, first_rows(2))  # the negative control: all rows
+    with pytest.raises(InputError, match=r"first rows: \(2, 30, 64\) became \(1, 30, 64\); return a tensor"):
+        run(base, first_rows(1))
 
 
 def test_what_an_edit_met_is_said(base: GptOss) -> None:

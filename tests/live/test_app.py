@@ -17,7 +17,7 @@ pytest.importorskip("playwright.sync_api")
 from playwright.sync_api import Browser, Page, expect
 
 from tests.browser import expect_value, launched, read_until
-from tests.dashboards.browsing import SCREENSHOTS, UNNAMED, Session
+from tests.dashboards.browsing import UNNAMED, Session
 from tests.dashboards.test_pages import violations
 from tests.serving import free_port, wait_for
 from workbench.research.recipe import Intervention, Recipe
@@ -140,8 +140,6 @@ def test_prompt_forbid_compare_and_copy(url: str, browser: Browser, tmp_path: Pa
         page.get_by_role("link", name="Save the recipe").or_(page.get_by_role("button", name="Save the recipe")).click()
     saved.value.save_as(tmp_path / "recipe.json")
     assert Recipe.from_file(tmp_path / "recipe.json") == recipe
-    SCREENSHOTS.mkdir(exist_ok=True)
-    page.screenshot(path=SCREENSHOTS / "live-dark-1280.png")
     expect_value(page, lambda: page.evaluate(UNNAMED), [])
     expect_value(page, lambda: violations(page.main_frame, []), [])
     assert (session.errors, session.foreign) == ([], [])

@@ -24,9 +24,26 @@ def demo():
     return wb.open_run(DATA / "demo.zarr")
 
 
-def test_every_study_runs_on_the_demo_and_has_a_summary(demo, tmp_path):
-    for name in ("routing", "sinks", "channels", "effort"):
-        for dataset in run_study(name, demo).values():
+def one_run(run: wb.Run, **options: int) -> dict[str, dict[str, xr.Dataset]]:
+    """Results of every registered study that needs nothing but this run; of two runs, the run with itself."""
+    results = {}
+    for record in registry.studies():
+        own = {name: value for name, value in options.items() if name in record.options}
+        with contextlib.suppress(InputError):  # it lacks a record
+            results[record.name] = run_study(record.name, *[run] * record.runs, **own)
+    return results
+
+
+@pytest.fixture(scope="module")
+def results(demo):
+    """Results of all studies of the bundled run, which no test changes."""
+    return one_run(demo)
+
+
+def test_every_study_runs_on_the_demo_and_has_a_summary(demo, results):
+    assert {"routing", "sinks", "channels", "effort"} <= results.keys()
+    for datasets in results.values():
+        for dataset in datasets.values():
             assert dataset.attrs["summary"]
             assert dataset.attrs["method"]
             assert dataset.attrs["run_digest"] == demo.digest
@@ -34,8 +51,8 @@ def test_every_study_runs_on_the_demo_and_has_a_summary(demo, tmp_path):
                 assert {"long_name", "units", "definition"} <= variable.attrs.keys()
 
 
-def test_results_reload_from_their_files(demo, tmp_path):
-    result = run_study("effort", demo)
+def test_results_reload_from_their_files(results, tmp_path):
+    result = results["effort"]
     save(result, tmp_path)
     again = load_results(tmp_path)["effort"]
     assert again.keys() == result.keys()
@@ -63,16 +80,6 @@ def test_false_discovery_is_statsmodels():
 
 def test_parameters_are_kept(demo):
     assert json.loads(sinks.mass(demo).attrs["parameters"]) == {"by": ["channel", "effort"]}
-
-
-def one_run(run: wb.Run, **options: int) -> dict[str, dict[str, xr.Dataset]]:
-    """Results of every registered study that needs nothing but this run; of two runs, the run with itself."""
-    results = {}
-    for record in registry.studies():
-        own = {name: value for name, value in options.items() if name in record.options}
-        with contextlib.suppress(InputError):  # it lacks a record
-            results[record.name] = run_study(record.name, *[run] * record.runs, **own)
-    return results
 
 
 Answers = dict[tuple[str, ...], list[tuple[str, dict[str, np.ndarray]]]]
@@ -123,8 +130,7 @@ def disagreements(results: dict[str, dict[str, xr.Dataset]]) -> list[str]:
     return lines
 
 
-def test_every_question_has_one_answer_in_all_registered_studies(demo):
-    results = one_run(demo)
+def test_every_question_has_one_answer_in_all_registered_studies(demo, results):
     several = {"routing", "channels", "sinks", "effort", "compare", "routing-agreement-runs", "risk-difference"}
     assert several <= results.keys()
     of_experts = answers_by_question(results)["experts", "analysis", "final", "none"]
@@ -151,21 +157,20 @@ def test_every_question_has_one_answer_in_all_registered_studies(demo):
     assert results["routing"]["analysis_vs_final"]["difference"][1, 8] > 0 > pooled["difference"][0, 1, 8]
 
 
-def test_the_same_difference_has_the_same_unit_in_every_summary(demo):
+def test_the_same_difference_has_the_same_unit_in_every_summary(results):
     texts = {"channels": "routing_analysis_vs_final", "routing": "analysis_vs_final"}
     lines = {
-        study: [x for x in run_study(study, demo)[name].attrs["summary"].splitlines() if "layer 0 expert 15" in x]
+        study: [x for x in results[study][name].attrs["summary"].splitlines() if "layer 0 expert 15" in x]
         for study, name in texts.items()
     }
     assert lines["channels"][0] == lines["routing"][0]
     assert lines["channels"][0].endswith("points")
 
 
-def test_duplicated_prompts_count_once_in_every_study(monkeypatch):
+def test_duplicated_prompts_count_once_in_every_study(results, monkeypatch):
     """A run whose every prompt has a copy under another id has the intervals of a run of half as many prompts."""
     run = wb.open_run(DATA / "demo.zarr")
     number = run_index.index_of(run).prompts[0]
-    plain = {name: run_study(name, run) for name in ("sinks", "effort")} | {"compare": run_study("compare", run, run)}
     index = run_index.RunIndex(run)
     index.__dict__["prompts"] = (number // 2, int(number.max() + 1) // 2)
     monkeypatch.setattr(run_index, "index_of", lambda run: index)
@@ -174,7 +179,7 @@ def test_duplicated_prompts_count_once_in_every_study(monkeypatch):
     for study, sets in merged.items():
         for name, ds in sets.items():
             assert "repeat the tokens of others" in ds.attrs["summary"], (study, name)
-            assert "repeat" not in plain[study][name].attrs["summary"]
+            assert "repeat" not in results[study][name].attrs["summary"]
     for study, name, variable in (
         ("sinks", "mass", "mass"),
         ("sinks", "position", "mass"),
@@ -182,7 +187,7 @@ def test_duplicated_prompts_count_once_in_every_study(monkeypatch):
         ("effort", "gain", "gain"),
     ):
         widths = [
-            sets[study][name][f"{variable}_high"] - sets[study][name][f"{variable}_low"] for sets in (plain, merged)
+            sets[study][name][f"{variable}_high"] - sets[study][name][f"{variable}_low"] for sets in (results, merged)
         ]
         assert not np.allclose(widths[0], widths[1], equal_nan=True), (study, name)
 
@@ -203,11 +208,11 @@ def of_prompts(monkeypatch):
     return merged
 
 
-def test_fewer_than_twenty_prompts_are_named_in_every_study(demo, of_prompts):
-    assert "Warning" not in run_study("sinks", demo)["mass"].attrs["summary"]
-    results = one_run(of_prompts(12), n_boot=20, n_permutations=99)
-    assert {"routing", "expert-examples", "router-prediction", "routing-agreement-runs"} <= results.keys()
-    for study, sets in results.items():
+def test_fewer_than_twenty_prompts_are_named_in_every_study(results, of_prompts):
+    assert "Warning" not in results["sinks"]["mass"].attrs["summary"]
+    of_few = one_run(of_prompts(12), n_boot=20, n_permutations=99)
+    assert {"routing", "expert-examples", "router-prediction", "routing-agreement-runs"} <= of_few.keys()
+    for study, sets in of_few.items():
         for name, ds in sets.items():
             assert re.search(r"only (\d|1\d) prompts: intervals of fewer than 20", ds.attrs["summary"]), (study, name)
 

@@ -106,3 +106,19 @@ def test_a_folder_of_results_may_hold_what_is_no_file(tmp_path: Path) -> None:
     (tmp_path / "device.json").symlink_to("/dev/zero")
     os.mkfifo(tmp_path / "pipe.json")
     assert list(result.load(tmp_path)["routing"]) == ["load"]
+
+
+def test_limits_of_an_interval_are_described_by_what_they_limit() -> None:
+    definitions = {
+        "load": result.Definition("expert load", "1", "a mean", ci="95 %", null="1/E"),
+        "tokens_low": result.Definition("", "", "own"),
+    }
+    names = ("load", "load_low", "load_high", "tokens_low")
+    made = result.dataset({name: (("x",), np.zeros(1)) for name in names}, {}, definitions, {})
+    low = {"long_name": "expert load, lower limit", "units": "1", "definition": "lower limit of load", "ci": "95 %"}
+    assert made["load_low"].attrs == low
+    assert made["load_high"].attrs["definition"] == "upper limit of load"
+    assert made["tokens_low"].attrs == {"definition": "own"}
+    for name in ("load_mean", "tokens", "tokens_high"):
+        with pytest.raises(KeyError, match=name):
+            result.dataset({name: (("x",), np.zeros(1))}, {}, definitions, {})

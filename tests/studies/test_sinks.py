@@ -1,49 +1,19 @@
 """The sinks study: the mass is that of the tokens, planted causes are found, and what is missing is named."""
 
-import dataclasses
-
 import numpy as np
 import pytest
-import xarray as xr
 
 import workbench as wb
 from tests.conftest import DATA
+from tests.studies.summed_runs import with_summaries
 from workbench.errors import InputError
 from workbench.studies import sinks
-from workbench.studies.synthetic import SyntheticTokens, planted_tokens
+from workbench.studies.synthetic import planted_tokens
 
 
 @pytest.fixture(scope="module")
 def demo():
     return wb.open_run(DATA / "demo.zarr")
-
-
-def with_summaries(run: SyntheticTokens):
-    """A synthetic run that also has the sums a store keeps."""
-    from workbench.harmony.labels import CHANNELS
-
-    n = len(run.sequences)
-    cell = run.tokens["sequence"] * len(CHANNELS) + run.tokens["channel"]
-    tokens = np.bincount(cell, minlength=n * len(CHANNELS)).reshape(n, -1)
-    coords = {c: ("sequence", run.sequences[c].to_numpy(dtype=object)) for c in ("id", "prompt_id", "effort", "task")}
-    coords |= {"channel": list(CHANNELS), "sequence": np.arange(n)}
-    tables = {"tokens": xr.DataArray(tokens, dims=("sequence", "channel"), coords=coords)}
-    sink = run.tokens["sink"]
-    for name, values in (("sink_sum", sink), ("sink_sumsq", sink**2)):
-        sums = np.zeros((n * len(CHANNELS), *np.array(sink.shape)[[0, 2]]))
-        np.add.at(sums, cell, values.swapaxes(0, 1))
-        tables[name] = xr.DataArray(
-            sums.reshape(n, len(CHANNELS), *sums.shape[1:]),
-            dims=("sequence", "channel", "layer", "head"),
-            coords=coords | {"layer": np.arange(sink.shape[0])},
-        )
-
-    @dataclasses.dataclass(frozen=True)
-    class Both(SyntheticTokens):
-        def summary(self, name: str) -> xr.DataArray:
-            return tables[name]
-
-    return Both(**{f.name: getattr(run, f.name) for f in dataclasses.fields(run)})
 
 
 def test_sink_attention_is_that_of_the_tokens(demo):

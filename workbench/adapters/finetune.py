@@ -29,6 +29,7 @@ from workbench.file_lock import FileLock
 from workbench.inputs import open_regular, regular_file
 from workbench.kernels.logits import logprob
 from workbench.model.adapter_config import read_adapter_config
+from workbench.model.lora import WEIGHTS
 from workbench.model.low_rank import LowRank
 from workbench.model.safetensors_file import save_tensors
 from workbench.model.transformer import GptOss
@@ -315,7 +316,7 @@ def _weights_digest(folder: Path) -> str:
         InputError: the folder has none, or no configuration that can be read.
     """
     read_adapter_config(folder)
-    path = folder / "adapter_model.safetensors"
+    path = folder / WEIGHTS
     try:
         with open_regular(path):  # no pipe, which would wait for ever
             return sha256(path)

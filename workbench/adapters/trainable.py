@@ -20,7 +20,7 @@ from workbench.errors import InputError
 from workbench.model.adapter_config import CONFIG, read_adapter_config
 from workbench.model.adapter_names import Target, targets
 from workbench.model.config import Config
-from workbench.model.lora import load_adapter, unload_adapter
+from workbench.model.lora import WEIGHTS, load_adapter, unload_adapter
 from workbench.model.low_rank import LowRank
 from workbench.model.safetensors_file import save_tensors
 from workbench.model.transformer import GptOss
@@ -31,7 +31,6 @@ TRAINABLE = {
     "router": ("mlp.router",),
     "experts": ("mlp.experts.gate_up", "mlp.experts.down"),
 }
-_WEIGHTS = "adapter_model.safetensors"
 _PEFT_NAMES = {
     "attn.q": "q_proj",
     "attn.k": "k_proj",
@@ -135,7 +134,7 @@ def write_folder(model: GptOss, updates: dict[str, LowRank], options: Options, f
             a, b = _as_stored(updates[target.part])
             name = f"base_model.model.{module}{inside}"
             tensors |= {f"{name}.lora_A.weight": a, f"{name}.lora_B.weight": b}
-    save_tensors(tensors, folder / _WEIGHTS, metadata={"format": "pt"})
+    save_tensors(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     names = [_PEFT_NAMES[end] for name in options.parts for end in TRAINABLE[name]]
     base = model.checkpoint.path if model.checkpoint is not None else None
     config = {

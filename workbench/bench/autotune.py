@@ -80,7 +80,7 @@ def tune(clock: Clock, case: Case, family: str, own: Tile) -> tuple[Tile, float,
     want = [t.double().cpu() if t.is_floating_point() else t.cpu() for t in case.launch()]
 
     def seconds(tile: Tile) -> float:
-        """Infinite for one that does not compile, does not fit, or computes something else."""
+        """Return the time of a tile: infinite if it does not compile, does not fit, or computes something else."""
         with choosing(lambda name, its: tile if (name, its) == (family, own) else its):
             try:
                 if any(row_error(g, w) > _SAME for g, w in zip(case.launch(), want, strict=True)):

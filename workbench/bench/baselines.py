@@ -61,7 +61,7 @@ def _expert_layer(cfg: Config, device: torch.device) -> Callable[[int], Pair]:
 
 
 def _two_layers(cfg: Config, device: torch.device) -> Callable[[int], Pair]:
-    """Two layers with a small vocabulary and all their logits, beside transformers on the same checkpoint."""
+    """Return two layers with a small vocabulary and all their logits, beside transformers on the same checkpoint."""
     from transformers import AutoModelForCausalLM
 
     small = replace(cfg, n_layers=2, windows=cfg.windows[:2], d_vocab=min(cfg.d_vocab, 8192))

@@ -72,7 +72,7 @@ def _forward(model: GptOss, ids: Tensor) -> None:
 
 
 def _capturing(model: GptOss, ids: Tensor, record: tuple[str, ...]) -> Callable[[], None]:
-    """Our capture of one unit, written into a run that is thrown away."""
+    """Return our capture of one unit, written into a run that is thrown away."""
     from workbench.capture.plan import plan_units
     from workbench.runs.writer import open_writer
 

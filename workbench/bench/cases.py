@@ -278,7 +278,7 @@ def _on_cpu(dtype: torch.dtype, *tensors: Tensor) -> list[Tensor]:
 
 
 def _experts(layer: Layer, dtype: torch.dtype) -> Experts:
-    """The layer's weights on the CPU, biases in `dtype`."""
+    """Return the layer's weights on the CPU, biases in `dtype`."""
     up, down = (Mxfp4(m.blocks.cpu(), m.scales.cpu()) for m in (layer.gate_up, layer.down))
     biases = _on_cpu(dtype, layer.experts.gate_up_bias, layer.experts.down_bias)
     return layer.experts._replace(gate_up=up, gate_up_bias=biases[0], down=down, down_bias=biases[1])

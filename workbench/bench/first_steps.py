@@ -108,14 +108,14 @@ def variants(device: str) -> dict[str, Any]:
 
 
 def _two_rows(model: Any, a: Tensor, b: Tensor) -> Tensor:
-    """The logits of both rows in one padded batch, end to end without the padding."""
+    """Return the logits of both rows in one padded batch, end to end without the padding."""
     padded = torch.cat([a, torch.nn.functional.pad(b, (0, a.shape[1] - b.shape[1]))])
     logits = model(padded, n_real=[a.shape[1], b.shape[1]])
     return torch.cat([logits[0], logits[1, : b.shape[1]]])
 
 
 def _continued(model: Any, tokens: Tensor, first: int) -> Tensor:
-    """The logits of a row whose tokens are given in two passes and then one by one, after a cache."""
+    """Return the logits of a row whose tokens are given in two passes and then one by one, after a cache."""
     from workbench.model.cache import KVCache
 
     n = tokens.shape[1]
@@ -125,7 +125,7 @@ def _continued(model: Any, tokens: Tensor, first: int) -> Tensor:
 
 
 def _changed_by_hooks(model: Any, tokens: Tensor) -> list[str]:
-    """The kinds of hook points whose recording changes a logit."""
+    """Return the kinds of hook points whose recording changes a logit."""
     kinds = ("attn.hook_sink", "attn.hook_z", "mlp.router.hook_out", "mlp.experts.hook_post", "mlp.experts.hook_out")
     changed = []
     with torch.no_grad():
@@ -164,7 +164,7 @@ def _compare_quantisation(device: str) -> None:
 
 
 def _logits_and_gradient(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """The logits, and the gradient of the loss with respect to the embedding's output."""
+    """Return the logits, and the gradient of the loss with respect to the embedding's output."""
     leaves: list[Tensor] = []
 
     def leaf(x: Tensor, hook: Any) -> Tensor:
@@ -180,7 +180,7 @@ def _logits_and_gradient(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _error(got: Tensor, want: Tensor) -> float:
-    """The largest difference relative to the largest value; infinite for NaN."""
+    """Return the largest difference relative to the largest value; infinite for NaN."""
     error = float((got - want).abs().max() / want.abs().max())
     return math.inf if math.isnan(error) else error
 
@@ -307,7 +307,7 @@ def kernels(device: str) -> dict[str, Any]:
 
 
 def _compare_tiles(cfg: Any, device: torch.device, tokens: int) -> float:
-    """The error of the experts' output for many tokens, beside a small tile's.
+    """Return the error of the experts' output for many tokens, beside a small tile's.
 
     A float64 reference would take minutes there, and compiled code that does not wait for its own loads is wrong in
     some values of a large problem only: with eight warps a tile, those of an H100 were.

@@ -91,7 +91,7 @@ def run(
 
 
 def _problems(cfg: Config, device: torch.device, sizes: Sizes) -> Iterator[Any]:
-    """Every kernel's cases, decoding once."""
+    """Yield every kernel's cases, decoding once."""
     from workbench.bench.cases import Layer, cases
 
     layer = Layer(cfg, device)
@@ -133,7 +133,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def _driver() -> str | None:
-    """The NVIDIA driver's version, where its tool is installed."""
+    """Return the NVIDIA driver's version, where its tool is installed."""
     if (tool := shutil.which("nvidia-smi")) is None:
         return None
     command = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]

@@ -150,7 +150,7 @@ def measure(case: Any, target: str) -> Row:
 
 
 def _filled(case: Any) -> float:
-    """The part of a routed matmul's tile rows that hold a slot, each drawn uniformly; all of them in other kernels."""
+    """Return the share of a routed matmul's tile rows that hold a slot, each drawn uniformly; 1 for other kernels."""
     sizes = case.constants
     if not (case.products and {"E", "N", "K", "BLOCK_M"} <= set(sizes)):
         return 1.0

@@ -116,7 +116,7 @@ def _tokens(model: GptOss, batch: int, new: int) -> Tensor:
 
 
 def _distinct(model: GptOss, forward: Callable[[], object]) -> float:
-    """Experts hit in one layer by one pass, on average."""
+    """Return experts hit in one layer by one pass, on average."""
     counts: list[int] = []
     hooks = [
         (f"blocks.{layer}.mlp.hook_expert_indices", lambda ids, hook: counts.append(len(ids.unique())))
@@ -128,7 +128,7 @@ def _distinct(model: GptOss, forward: Callable[[], object]) -> float:
 
 
 def _prefill(clock: Clock, model: GptOss, tokens: int) -> tuple[float, float, float]:
-    """Seconds plain and with routing and sinks recorded as a capture does, and the experts hit in a layer."""
+    """Return seconds plain and with routing and sinks recorded as a capture does, and the experts hit in a layer."""
     row = _tokens(model, 1, tokens)
     buffers = Buffers(parse(["routing", "sinks"], model.cfg), model.cfg, tokens, pinned=model.device.type == "cuda")
     labels = np.zeros(tokens, dtype=np.int64)
@@ -147,7 +147,7 @@ def _prefill(clock: Clock, model: GptOss, tokens: int) -> tuple[float, float, fl
 
 
 def _decode(clock: Clock, model: GptOss, batch: int, past: int) -> tuple[float, float, float, float]:
-    """Seconds of a step of `generate`, of one without CUDA graphs and of the logits; the experts hit in a layer."""
+    """Return seconds of a step of `generate`, of one without CUDA graphs and of the logits; experts hit in a layer."""
     new, room = _tokens(model, batch, 1), steps_room(clock)
     seconds = []
     for graphs in (True, False):

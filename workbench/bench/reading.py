@@ -18,6 +18,7 @@ from workbench.bench.table import show
 from workbench.capture.plan import plan_units
 from workbench.counting import count_of
 from workbench.harmony.labels import CHANNELS, PARTS
+from workbench.harmony.messages import EFFORTS
 from workbench.model.config import PUBLISHED
 from workbench.progress import progress
 from workbench.runs import Run, open_run
@@ -25,7 +26,7 @@ from workbench.runs.schema import Layout, Spec, Unit
 from workbench.runs.summaries import summarise
 from workbench.runs.writer import open_writer
 
-EFFORTS, TASKS, MEAN_TOKENS = ("low", "medium", "high"), 8, 1000
+TASKS, MEAN_TOKENS = 8, 1000
 CHOICES = 4096  # number of combinations of experts and gates in a layer
 SPEC = Spec(routing=True, router_logits=False, sinks=False, logprobs=False, sink_sums=True)
 
@@ -67,7 +68,7 @@ def make(path: str, tokens: int, seed: int) -> None:
 
 
 def _tables(lengths: np.ndarray) -> dict[str, pd.DataFrame]:
-    """Three efforts of every prompt; four messages a sequence: system, user, analysis, final."""
+    """Return three efforts of every prompt; four messages a sequence: system, user, analysis, final."""
     n = len(lengths)
     ends = np.stack([lengths // 8, lengths // 5, lengths - lengths // 8, lengths], 1)
     starts = np.concatenate([np.zeros((n, 1), int), ends[:, :-1]], 1)

@@ -18,7 +18,7 @@ class _CallablePackage(types.ModuleType):
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """The signature of the function, for `help`, completion and `inspect.signature`."""
+        """Return the signature of the function, for `help`, completion and `inspect.signature`."""
         from workbench.capture.job import capture
 
         return inspect.signature(capture)

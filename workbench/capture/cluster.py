@@ -24,7 +24,6 @@ from workbench.capture.recorder import Recorder, for_workers
 from workbench.errors import InputError, JobError
 from workbench.model import load
 from workbench.model.transformer import GptOss
-from workbench.runs.schema import Layout
 from workbench.runs.writer import RunWriter
 
 RETRIES = 3  # of a unit that fails
@@ -84,7 +83,6 @@ class Task:
 
 def run(
     task: Task,
-    layout: Layout,
     units: Sequence[int],
     *,
     workers: int,

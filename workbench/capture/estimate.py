@@ -189,8 +189,7 @@ def refuse_what_cannot_fit(plan: Estimate, path: str | Path) -> None:
         assert plan.free_bytes is not None
         raise InputError(
             f"{path}: about {human(plan.disk_bytes)} would be written, and the disk has {human(plan.free_bytes)}: "
-            "record "
-            "less (layers, every=, reduce=), or write elsewhere"
+            "record less (layers, every=, reduce=), or write elsewhere"
         )
 
 

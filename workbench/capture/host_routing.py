@@ -36,8 +36,7 @@ def with_host_routes(rows: Sequence[Transcript], transcripts: str | Path, cfg: C
         if experts.shape[1:] != shape or (experts >= own).any():
             raise InputError(
                 f"the host's experts of {ascii(row.id)[:60]} have {experts.shape[1]} layers and {experts.shape[2]} "
-                "experts "
-                f"a token, up to number {int(experts.max())}; the model has {shape[0]} layers, {shape[1]} of "
+                f"experts a token, up to number {int(experts.max())}; the model has {shape[0]} layers, {shape[1]} of "
                 f"{cfg.num_experts} experts: is it the model that the host ran?"
             )
         if not len(row.tokens) - 1 <= len(experts) <= len(row.tokens):

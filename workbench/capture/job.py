@@ -92,7 +92,7 @@ def capture(
                         model, transcripts, path, record, unit_tokens, threads, worker_device, exclude, routing
                     )
                     check = interrupt.check
-                    cluster.run(task, job.layout, pending, workers=workers, address=dask, check=check, done=done)
+                    cluster.run(task, pending, workers=workers, address=dask, check=check, done=done)
                 else:
                     pipeline.run(model, job.rows, job.spec, writer, pending, check=interrupt.check, done=done.unit)
         writer.finish()
@@ -169,7 +169,7 @@ def _check_run_path(path: str | Path, inputs: Sequence[str | Path], *, overwrite
 
 
 def _pending(job: JobPlan, path: str | Path | None) -> list[int]:
-    """Units that a run at this path lacks, or all if there is none."""
+    """Return units that a run at this path lacks, or all if there is none."""
     every = list(range(len(job.layout.units)))
     if path is None:
         return every
@@ -182,7 +182,10 @@ def _pending(job: JobPlan, path: str | Path | None) -> list[int]:
 
 
 def _refuse_full_disk(model: GptOss, job: JobPlan, pending: Sequence[int], path: str | Path) -> None:
-    """Measure only where the disk would not even hold everything uncompressed; without weights, warn."""
+    """Refuse a job whose run would not fit on the disk, which is measured if it does not hold everything uncompressed.
+
+    Without weights nothing can be measured, and the log warns instead.
+    """
     free = estimate.free_bytes(path)
     if not pending or free is None or (size := estimate.raw_bytes(model, job.spec, job.layout, pending)) <= free:
         return

@@ -71,7 +71,7 @@ def log_path(path: str | Path, file: str | Path | None, inputs: Sequence[str | P
 
 
 def _is_log(path: Path) -> bool:
-    """Whether a file is empty or begins as the log of a job does."""
+    """Return whether a file is empty or begins as the log of a job does."""
     if not path.is_file():
         return False
     with path.open("rb") as file:

@@ -93,7 +93,7 @@ def parse(recorder: Recorder, cfg: Config) -> tuple[Record, Function | None]:
     sizes = {dim: len(index) if dim == index_dim else size for dim, size in axes.items()}
     if not callable(recorder.reduce):
         reduce = record_options.reduction(
-            where, {"reduce": recorder.reduce}, ("raw", "norm", "mean", "moments"), " or a function"
+            where, {"reduce": recorder.reduce}, record_options.OWN_REDUCTIONS, " or a function"
         )
         if not per_token:
             raise InputError(f"{where}: {recorder.hook} has a value for each pair of tokens: reduce it by a function")
@@ -114,7 +114,7 @@ def parse(recorder: Recorder, cfg: Config) -> tuple[Record, Function | None]:
             **about,
         )
         return record, None
-    shape = _tried(where, recorder, hook, sizes, cfg)
+    shape = _tried(where, recorder, hook, sizes)
     _check_sizes(where, recorder.dims, shape, sizes, cfg)
     digest = recorder.digest or source_digest(recorder.reduce)
     record = Record(
@@ -161,7 +161,7 @@ def _example(hook: str, sizes: Mapping[str, int], n: int, dtype: torch.dtype) ->
     return torch.randn((1, n, *sizes.values()), generator=generator).to(dtype)
 
 
-def _tried(where: str, recorder: Recorder, hook: str, sizes: Mapping[str, int], cfg: Config) -> tuple[int, ...]:
+def _tried(where: str, recorder: Recorder, hook: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """Return the shape of the values of a token, from a trial of the function."""
     assert callable(recorder.reduce)
     example = _example(hook, sizes, _TRIED, torch.float32)
@@ -204,8 +204,7 @@ def _check_sizes(
         if dim in known and size != known[dim]:
             raise InputError(
                 f"{where}: its function returns {size} values along {dim!r}, which has {known[dim]} in this model: "
-                "give the "
-                "dimension another name"
+                "give the dimension another name"
             )
         if not size:
             raise InputError(f"{where}: its function returns no value along {dim!r}: return at least one")

@@ -165,7 +165,7 @@ class Buffers:
         return self._streams[device]
 
     def _rows_of(self, a: Activation | Record, at: slice) -> Bool[np.ndarray, " token"]:
-        """Tokens with a row of their own: the selected ones, or the last one of each message that has any."""
+        """Return tokens with a row of their own: the selected ones, or the last one of each message that has any."""
         members = self._members[a.name][at]
         if a.reduce != "message":
             return members

@@ -7,7 +7,8 @@ from typing import Any
 from workbench import harmony
 from workbench.errors import InputError
 
-REDUCTIONS = ("raw", "norm", "mean", "moments", "message")
+OWN_REDUCTIONS = ("raw", "norm", "mean", "moments")  # of quantities with a name of their own
+REDUCTIONS = (*OWN_REDUCTIONS, "message")
 TOKENS = ("role", "channel", "part", "message", "position", "every", "last")
 _INDEX = {"heads": ("head", "kv"), "experts": ("expert",), "slots": ("slot",)}  # option → axes that it selects from
 _RANGE = re.compile(r"(-?\d+)(?:-(\d+))?")

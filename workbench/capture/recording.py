@@ -86,16 +86,14 @@ def parse(record: Sequence[RecordOption] | str, cfg: Config, routing: str = "own
     _refuse_repeated(selected, switches)
     if routing not in ("own", "host"):
         raise InputError(f"--routing {routing}: choose own or host")
-    if routing == "host" and not switches["routing"]:
-        raise InputError(
-            "--routing host: also record routing, without options: it records the experts that were forced"
-        )
-    if switches["examples"] and not switches["routing"]:
-        raise InputError("--record examples: also record routing, without options: examples are chosen by gate weight")
-    if neurons and not switches["routing"]:
-        raise InputError(
-            "--record neurons: also record routing, without options: it states which tokens selected an expert"
-        )
+    needs_routing = {
+        "--routing host": (routing == "host", "it records the experts that were forced"),
+        "--record examples": (switches["examples"], "examples are chosen by gate weight"),
+        "--record neurons": (bool(neurons), "it states which tokens selected an expert"),
+    }
+    for option, (given, reason) in needs_routing.items():
+        if given and not switches["routing"]:
+            raise InputError(f"{option}: also record routing, without options: {reason}")
     autoencoders = feature_lists.parse(features, cfg)
     switches["features"] = tuple(autoencoders)
     functions |= {lists.function_name: sae for lists, sae in autoencoders.items()}
@@ -129,8 +127,7 @@ def _refuse_repeated(selected: Sequence[Activation | Record], switches: dict[str
         if names.count(a.name) > 1 or switches.get(public):
             raise InputError(
                 f"--record names {public} twice: give all of its options once, as in '{public} layers=3,7 "
-                "channel=final', "
-                "or name a second selection with wb.Recorder"
+                "channel=final', or name a second selection with wb.Recorder"
             )
 
 
@@ -151,7 +148,7 @@ def _parsed(record: RecordOption, cfg: Config) -> list[tuple[Activation | Record
 
 
 def _is_own(name: str) -> bool:
-    """Whether a name is FILE.py:NAME or MODULE:NAME."""
+    """Return whether a name is FILE.py:NAME or MODULE:NAME."""
     where, colon, own = name.rpartition(":")
     return bool(colon) and own.isidentifier() and (where.endswith(".py") or _hook_of(where) is None)
 
@@ -184,7 +181,7 @@ def _selected(text: str, name: str, options: dict[str, Any], cfg: Config) -> lis
         )
     index, index_dim = record_options.index(where, name, axes, options)
     chosen = record_options.tokens(where, options)
-    only = ("raw",) if name == "routing" else ("raw", "norm", "mean", "moments")
+    only = ("raw",) if name == "routing" else record_options.OWN_REDUCTIONS
     counts = "; expert numbers have no mean (without options, routing is also summed up by sequence and channel)"
     reduce = record_options.reduction(where, options, only, counts if name == "routing" else "")
     _refuse_left(where, name, options)
@@ -238,15 +235,13 @@ def _refuse_unknown(where: str, point: str, hook: str | None) -> None:
     if hook in BLOCK and hook not in PER_TOKEN:
         raise InputError(
             f"{where}: {point} has a value for each pair of tokens, not for each token: reduce it with a wb.Recorder, "
-            "see "
-            "docs/howto/record.md"
+            "see docs/howto/record.md"
         )
     if hook is None:
         known = sorted(h.replace("hook_", "") for h in PER_TOKEN if h not in _HAS_ITS_OWN_NAME)
         raise InputError(
             f"{where}: cannot record {point!r}: choose from {', '.join(_SWITCHES)}, neurons, features:FOLDER, or the "
-            f"hook points {', '.join(known)}, or "
-            "name a recorder as FILE.py:NAME"
+            f"hook points {', '.join(known)}, or name a recorder as FILE.py:NAME"
         )
 
 

@@ -20,7 +20,7 @@ from workbench.capture.compute import Computed
 from workbench.capture.tables import message_table, sequence_table
 from workbench.harmony.transcripts import Transcript
 from workbench.runs import shards
-from workbench.runs.schema import Layout, Spec, arrays
+from workbench.runs.schema import EXAMPLE_GROUPS, Layout, Spec, arrays
 from workbench.runs.storage import LocalStorage
 from workbench.runs.totals import PER_UNIT
 from workbench.runs.writer import open_writer
@@ -104,7 +104,7 @@ def _totals(summaries: Mapping[str, np.ndarray]) -> dict[str, int]:
     """Return the bytes of each summary added up: of a group, or of the run."""
     sizes = {}
     for name, values in summaries.items():
-        if name.startswith(("examples/", "neurons/", "features/")):
+        if name.startswith(EXAMPLE_GROUPS):
             continue
         wide = np.float64 if values.dtype.kind == "f" else np.int64
         total = values if _of_run(name) else values.sum(0, dtype=wide)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from workbench import harmony
+from workbench.harmony.messages import EFFORTS
 from workbench.harmony.transcripts import Transcript
 from workbench.harmony.vocabulary import Tokenizer
 from workbench.hooks.names import BLOCK
@@ -35,7 +36,7 @@ def published_name(source: str) -> str | None:
 
 
 def _is_cached(hub_id: str) -> bool:
-    """Whether the local cache of the hub has the weights."""
+    """Return whether the local cache of the hub has the weights."""
     from huggingface_hub import scan_cache_dir
     from huggingface_hub.errors import CacheNotFound
 
@@ -148,5 +149,5 @@ def _transcript(tokenizer: Tokenizer, i: int, ids: list[int]) -> Transcript:
     answer = message("assistant", "final", ids[b:], "return")
     everything = np.array([*asked, *thought, *answer], dtype=np.int32)
     row = everything[: max(len(ids), len(asked) + 1)]
-    effort = ("low", "medium", "high")[i % 3]
+    effort = EFFORTS[i % 3]
     return Transcript(f"{i // 3}/{effort}", str(i // 3), effort, row, len(asked), "", meta={"task": "any"})

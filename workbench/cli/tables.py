@@ -20,7 +20,7 @@ _BARS = " ▁▂▃▄▅▆▇█"
 
 
 def summary(run: Run) -> Group:
-    """The run, its tokens, its accuracy, and how evenly and by whom its tokens are routed."""
+    """Return the run, its tokens, its accuracy, and how evenly and by whom its tokens are routed."""
     done, total = run.progress
     model = run.model
     about = Table("run", escape(run.path))

@@ -24,7 +24,6 @@ from workbench.experiments.answer_measures import (
     with_answers,
 )
 from workbench.experiments.effects import routing
-from workbench.experiments.final_channel import ALPHA
 from workbench.experiments.random_controls import MIN_CONTROLS, check_controls, family_p, rank
 from workbench.harmony.transcripts import Transcript
 from workbench.hooks.edits import Edit
@@ -35,7 +34,7 @@ from workbench.studies.intervals import (
     prompt_means,
     share_change_interval,
 )
-from workbench.studies.statistics import false_discovery
+from workbench.studies.statistics import ALPHA, false_discovery
 
 Recipe = Edit | Sequence[Edit]
 METHOD = (

@@ -133,7 +133,7 @@ def _over(x: Float[Tensor, "point *part"], scale: Float[Tensor, " point"]) -> Fl
 
 
 def _term(model: GptOss, chosen: SelectedTokens, of: Of | Literal["mean"]) -> Tensor:
-    """Ids, one a point, or weights over the vocabulary."""
+    """Return an id for each point, or weights over the vocabulary."""
     d_vocab = model.cfg.d_vocab
     if isinstance(of, Tensor) and of.is_floating_point():
         if of.shape != (d_vocab,):
@@ -148,7 +148,7 @@ def _term(model: GptOss, chosen: SelectedTokens, of: Of | Literal["mean"]) -> Te
 
 
 def _direction(model: GptOss, term: Tensor) -> Float[Tensor, "#point d_model"]:
-    """What the normed stream is multiplied with, in float64; a few rows of the vocabulary at a time."""
+    """Return what the normed stream is multiplied with, in float64; a few rows of the vocabulary at a time."""
     matrix = model.unembed.W_U.mT  # with the update of an adapter
     if not term.is_floating_point():
         return matrix[term.to(matrix.device)].cpu().double()
@@ -161,7 +161,7 @@ def _direction(model: GptOss, term: Tensor) -> Float[Tensor, "#point d_model"]:
 def _logits(
     model: GptOss, chosen: SelectedTokens, final: Tensor, terms: list[tuple[float, Tensor]]
 ) -> Float[Tensor, " point"]:
-    """The model's own logits, put together as the terms specify."""
+    """Return the model's own logits, put together as the terms specify."""
     out = torch.zeros(len(chosen.column), dtype=torch.float64)
     for part in torch.arange(len(out)).split(ROWS):
         logits = at_points.read_out(model, final[part.to(final.device)], chosen.column[part]).cpu().double()
@@ -174,7 +174,7 @@ def _logits(
 def _ends(
     model: GptOss, chosen: SelectedTokens
 ) -> tuple[Float[Tensor, "point d_model"], Float[Tensor, "point d_model"]]:
-    """The points' embedding and their stream after the last block."""
+    """Return the points' embedding and their stream after the last block."""
     begin: list[Tensor] = []
 
     def keep(x: Tensor, hook: object) -> None:

@@ -22,7 +22,6 @@ from workbench.capture.generation import final_text
 from workbench.counting import count_of, signed
 from workbench.errors import InputError
 from workbench.experiments.effects import logprobs, paired
-from workbench.experiments.final_channel import ALPHA
 from workbench.experiments.hidden_messages import Hidden, Hide, add_readers, layer_kinds, message_tokens
 from workbench.harmony.token_sets import token_set
 from workbench.harmony.transcripts import Transcript
@@ -36,7 +35,7 @@ from workbench.studies.intervals import (
     share_change_interval,
     share_interval,
 )
-from workbench.studies.statistics import false_discovery
+from workbench.studies.statistics import ALPHA, false_discovery
 
 EXPERIMENT = Experiment(
     name="chain-of-thought",

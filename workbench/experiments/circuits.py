@@ -103,9 +103,8 @@ def _edges_summary(table: pd.DataFrame, shown: pd.DataFrame, n: int) -> str:
     both = table[(table["analysis_low"] > 0.5) & (table["final_low"] > 0.5)]
     differs = table[table["q"] <= 0.05]
     lines = [
-        f"{count_of(n, 'prompt')}, {count_of(len(table), 'edge')} in any graph, {len(shown)} listed. "
-        f"{len(both)} recur in more than half of "
-        f"the prompts in both channels; {len(differs)} differ between the channels (q ≤ 0.05)."
+        f"{count_of(n, 'prompt')}, {count_of(len(table), 'edge')} in any graph, {len(shown)} listed. {len(both)} recur "
+        f"in more than half of the prompts in both channels; {len(differs)} differ between the channels (q ≤ 0.05)."
     ]
     for row in differs.head(5).to_dict("records"):
         lines.append(f"  {row['source']} → {row['target']}: {row['analysis']:.0%} analysis, {row['final']:.0%} final")
@@ -118,9 +117,8 @@ def _similarity_summary(alike: pd.DataFrame) -> str:
     if np.isnan(by_comparison[_LESS_PAIRS]["cosine"]):
         return (
             f"same prompt: {own['cosine']:.2f} ({own['low']:.2f} to {own['high']:.2f}). Only "
-            f"{count_of(by_comparison[_LESS_PAIRS]['prompts'], 'prompt has', 'prompts have')} another "
-            f"prompt of their task to compare with: use "
-            "more sequences."
+            f"{count_of(by_comparison[_LESS_PAIRS]['prompts'], 'prompt has', 'prompts have')} another prompt of their "
+            "task to compare with: use more sequences."
         )
     rows = [f"  {name}: {r['cosine']:.2f} ({r['low']:.2f} to {r['high']:.2f})" for name, r in by_comparison.items()]
     within, pairs = (_answer(by_comparison[name]) for name in (_LESS_WITHIN, _LESS_PAIRS))

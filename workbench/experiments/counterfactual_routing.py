@@ -17,7 +17,6 @@ from torch import Tensor
 
 from workbench.counting import count_of, signed, signed_interval
 from workbench.errors import InputError
-from workbench.experiments.final_channel import ALPHA
 from workbench.harmony.labels import CHANNELS
 from workbench.harmony.token_sets import token_set
 from workbench.harmony.transcripts import Transcript
@@ -28,7 +27,7 @@ from workbench.model.packing import FORWARD_TOKENS, pack, passes
 from workbench.model.transformer import GptOss
 from workbench.registry import Experiment
 from workbench.studies.intervals import MIN_PROMPTS, mean_effect, prompt_means
-from workbench.studies.statistics import false_discovery
+from workbench.studies.statistics import ALPHA, false_discovery
 
 EXPERIMENT = Experiment(
     name="counterfactual-routing",

@@ -16,14 +16,14 @@ from jaxtyping import Bool, Float, Int
 from workbench.counting import count_of, signed
 from workbench.errors import InputError
 from workbench.experiments.effects import load_matched, load_of, logprobs, routed_slots
-from workbench.experiments.final_channel import ALPHA, answered_rows, final_tokens, generated_tokens
+from workbench.experiments.final_channel import answered_rows, final_tokens, generated_tokens
 from workbench.experiments.random_controls import CONTROLS, MIN_CONTROLS, Rank, check_controls, rank
 from workbench.harmony.token_sets import TokenSet
 from workbench.harmony.transcripts import Transcript
 from workbench.hooks.edits import Edit
 from workbench.model.transformer import GptOss
 from workbench.studies.intervals import MIN_PROMPTS, mean_effect, prompt_means
-from workbench.studies.statistics import false_discovery
+from workbench.studies.statistics import ALPHA, false_discovery
 
 Cells = list[tuple[int, int]]  # (layer, expert)
 Change = Callable[[int, list[int], TokenSet], Edit]

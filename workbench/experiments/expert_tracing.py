@@ -21,7 +21,7 @@ from workbench import harmony
 from workbench.counting import count_of, signed, signed_interval
 from workbench.errors import InputError
 from workbench.experiments import activations
-from workbench.experiments.final_channel import ALPHA, answered_rows, final_tokens
+from workbench.experiments.final_channel import answered_rows, final_tokens
 from workbench.experiments.random_controls import check_controls, family_p, rank
 from workbench.experiments.sampling import halves
 from workbench.harmony.transcripts import Transcript
@@ -31,7 +31,7 @@ from workbench.model.transformer import GptOss
 from workbench.progress import progress
 from workbench.registry import Experiment
 from workbench.studies.intervals import MIN_PROMPTS, mean_effect, prompt_means
-from workbench.studies.statistics import false_discovery
+from workbench.studies.statistics import ALPHA, false_discovery
 
 EXPERIMENT = Experiment(
     name="expert-tracing",

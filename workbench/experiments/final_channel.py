@@ -17,8 +17,8 @@ from workbench.harmony.transcripts import Transcript
 from workbench.hooks.edits import Edit
 from workbench.model.transformer import GptOss
 from workbench.studies.intervals import MIN_PROMPTS, SMALLEST_EFFECT, few_prompts
+from workbench.studies.statistics import ALPHA
 
-ALPHA = 0.05  # false discovery rate at which an effect is called shown
 METHOD = (
     "Log-probability in nats of the final message, summed over its tokens, with the intervention less without, on the "
     "run's own tokens; means over prompts, bootstrap-t intervals over prompts. An effect has q of at most 0.05 "
@@ -26,9 +26,8 @@ METHOD = (
     "stated smallest effect of interest."
 )
 NOT_CONTROLLED = (
-    "An intervention takes the model off the states it was trained in; beside it stands the same intervention "
-    "on controls "
-    "where there are any. Accuracy of newly generated answers may change less, or more, than log-probability."
+    "An intervention takes the model off the states it was trained in; beside it stands the same intervention on "
+    "controls where there are any. Accuracy of newly generated answers may change less, or more, than log-probability."
 )
 
 

@@ -158,7 +158,7 @@ def integrated_gradients(
 
 
 def _largest(estimates: xr.Dataset, top_k: int) -> list[dict[str, Any]]:
-    """The largest cells of all points: where each is, as named and as the indices of its tensor."""
+    """Return the largest cells of all points: where each is, as named and as the indices of its tensor."""
     hits: list[dict[str, Any]] = []
     for kind, estimate in estimates.drop_vars(["flip", "metric"], errors="ignore").data_vars.items():
         size = np.nan_to_num(np.abs(estimate.to_numpy()), nan=-1.0).ravel()
@@ -176,7 +176,7 @@ def _largest(estimates: xr.Dataset, top_k: int) -> list[dict[str, Any]]:
 
 
 def _cell(source: Tensor, cell: tuple[int, ...]) -> activations.Hook:
-    """A hook that takes one cell from the source."""
+    """Return a hook that takes one cell from the source."""
 
     def put(x: Tensor, hook: Any) -> Tensor:
         out = x.clone()

@@ -181,9 +181,7 @@ def faithfulness(
     for size in [n for n in sizes if n <= len(ranked)]:
         top = ranked.iloc[:size]
         left = logit(model, graph, ablation_hooks(model, top)) / plain
-        others = [
-            logit(model, graph, ablation_hooks(model, _matched(pool, top, frozen, rng))) / plain for _ in range(draws)
-        ]
+        others = [logit(model, graph, ablation_hooks(model, _matched(pool, top, rng))) / plain for _ in range(draws)]
         rows.append({"nodes": size, "kept": left, "random": float(np.mean(others))})
     return pd.DataFrame(rows)
 
@@ -234,7 +232,7 @@ def _all_nodes(frozen: FrozenPass) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True)
 
 
-def _matched(pool: pd.DataFrame, top: pd.DataFrame, frozen: FrozenPass, rng: np.random.Generator) -> pd.DataFrame:
+def _matched(pool: pd.DataFrame, top: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
     """Return for each node one of the ten nearest in norm, of its kind, none of them in `top` and none twice."""
     keys = ["kind", "layer", "pos", "index"]
     marked = pool.merge(top[keys].assign(top=True), on=keys, how="left")

@@ -20,7 +20,6 @@ from workbench.capture.generation import final_text
 from workbench.counting import count_of, signed_interval
 from workbench.errors import InputError
 from workbench.experiments.effects import logprobs
-from workbench.experiments.final_channel import ALPHA
 from workbench.harmony.grammar import parse
 from workbench.harmony.messages import EFFORTS
 from workbench.harmony.token_sets import token_set
@@ -28,7 +27,7 @@ from workbench.harmony.transcripts import Transcript
 from workbench.model.transformer import GptOss
 from workbench.registry import Experiment
 from workbench.studies.intervals import MIN_PROMPTS, mean_effect, share_interval
-from workbench.studies.statistics import false_discovery
+from workbench.studies.statistics import ALPHA, false_discovery
 
 EXPERIMENT = Experiment(
     name="instruction-hierarchy",

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from workbench.counting import count_of
 from workbench.errors import InputError
-from workbench.experiments.final_channel import ALPHA
 from workbench.experiments.jacobians import SKIP_FIRST, JacobianLens, fit_jacobian_lenses, group_masks
 from workbench.experiments.lens import TunedLens, fit_tuned_lens, lens_of_streams, streams
 from workbench.experiments.token_selection import select_tokens
@@ -28,7 +27,7 @@ from workbench.model.transformer import GptOss
 from workbench.outputs import check_output, refuse_paths, staged
 from workbench.registry import Experiment
 from workbench.studies.intervals import MIN_PROMPTS, mean_effect
-from workbench.studies.statistics import false_discovery
+from workbench.studies.statistics import ALPHA, false_discovery
 
 EXPERIMENT = Experiment(
     name="jacobian-lens",

@@ -298,7 +298,7 @@ def _kl(logp: Float[Tensor, "point d_vocab"], final: Float[Tensor, "point d_voca
 
 
 def _top(model: GptOss, mean: Float[Tensor, "expert d_model"], k: int) -> tuple[Tensor, Tensor]:
-    """The k largest logits, less their mean, and their tokens; a few experts at a time."""
+    """Return the k largest logits, less their mean, and their tokens; a few experts at a time."""
     weight, largest = model.unembed.W_U.mT, []
     for part in mean.split(ROWS):
         logits = (part.to(weight.device) * model.ln_final.weight.float()).to(weight.dtype) @ weight.mT

@@ -25,13 +25,13 @@ from torch import Tensor
 
 from workbench.counting import count_of, signed_interval
 from workbench.errors import InputError
-from workbench.experiments.final_channel import ALPHA, generated_tokens
+from workbench.experiments.final_channel import generated_tokens
 from workbench.harmony.transcripts import Transcript
 from workbench.kernels.logits import logprob
 from workbench.model.transformer import GptOss
 from workbench.registry import Experiment
 from workbench.studies.intervals import MIN_PROMPTS, mean_effect
-from workbench.studies.statistics import false_discovery
+from workbench.studies.statistics import ALPHA, false_discovery
 
 EXPERIMENT = Experiment(
     name="patching",
@@ -166,9 +166,8 @@ def _sentence(one: xr.Dataset, kind: str, prompts: int) -> str:
     depth, step = int(np.argmax(np.abs(one["change"].values))), int(np.argmax(np.abs(one["increment"].values)))
     cell, added = one.isel(layer=depth), one.isel(layer=step)
     return (
-        f"{kind} ({count_of(prompts, 'prompt')}): most at {_depth(cell)}, "
-        f"{_interval(cell, 'change', 'low', 'high')} nats on what "
-        f"was generated; the largest increment at {_depth(added)}, "
+        f"{kind} ({count_of(prompts, 'prompt')}): most at {_depth(cell)}, {_interval(cell, 'change', 'low', 'high')} "
+        f"nats on what was generated; the largest increment at {_depth(added)}, "
         f"{_interval(added, 'increment', 'increment_low', 'increment_high')}."
     )
 

@@ -24,9 +24,8 @@ from workbench.harmony.transcripts import Transcript
 from workbench.model.transformer import GptOss
 from workbench.progress import progress
 from workbench.registry import Experiment
-from workbench.studies.difference_tests import ALPHA
 from workbench.studies.intervals import MIN_PROMPTS, mean_effect, prompt_means
-from workbench.studies.statistics import false_discovery
+from workbench.studies.statistics import ALPHA, false_discovery
 
 EXPERIMENT = Experiment(
     name="receiver-heads",
@@ -55,10 +54,9 @@ METHOD = (
     "which are chosen on the same analyses."
 )
 NOT_CONTROLLED = (
-    "A sentence that is attended to need not decide the answer: sentence-importance measures that. A head that attends "
-    "to one place, such as the first sentence of every analysis, has as much kurtosis as one that attends to a "
-    "sentence for its meaning: see `first`. Windowed layers see "
-    "only near tokens, so that their far rows are ties."
+    "A sentence that is attended to need not decide the answer: sentence-importance measures that. A head that "
+    "attends to one place, such as the first sentence of every analysis, has as much kurtosis as one that attends to "
+    "a sentence for its meaning: see `first`. Windowed layers see only near tokens, so that their far rows are ties."
 )
 
 

@@ -97,7 +97,7 @@ class Meter:
         return self._model.blocks[int(hook.name.split(".")[1])]
 
     def _step(self, x: Tensor) -> tuple[Float[Tensor, "point d_model"], Float[Tensor, " point"]]:
-        """The direction to weigh this block's parts by, and what the block adds as a whole."""
+        """Return the direction to weigh this block's parts by, and what the block adds as a whole."""
         before, self._stream = self._stream, x[0, self._chosen.column.to(x.device)].cpu().double()
         own = self._norm == "layers"
         g = mean_gradient(self._a, before, self._stream, self._model.cfg.eps) if own else self._g

@@ -23,13 +23,12 @@ from workbench.experiments.branch_edits import EditKind, Editor, Paraphrases
 from workbench.experiments.branch_hosts import HostModel
 from workbench.experiments.branch_importance import Importance, difference_of_shares, importance
 from workbench.experiments.branching import Unit, analysis_of, branch_points, sample
-from workbench.experiments.final_channel import ALPHA
 from workbench.experiments.sampling import spread_rows
 from workbench.harmony.transcripts import Transcript
 from workbench.model.transformer import GptOss
 from workbench.registry import Experiment
 from workbench.studies.intervals import MIN_PROMPTS, mean_effect
-from workbench.studies.statistics import false_discovery
+from workbench.studies.statistics import ALPHA, false_discovery
 
 EXPERIMENT = Experiment(
     name="sentence-importance",
@@ -64,12 +63,11 @@ METHOD = (
     "conversation's own answer, kept less other (Agresti–Caffo interval over samples). kl: divergence of other's "
     "answers from kept's, nats, counts smoothed by 0.5 (interval: bootstrap of samples from the smoothed shares, "
     "shifted by its bias), tested against shuffled samples; q: Benjamini–Hochberg over all sentences. absent: "
-    "continuations that write the sentence "
-    "nowhere, set against kept in the same way; returned: share of other that writes it later; resamplings: mean "
-    "number until it stays out, at most `rounds`. Edits: kept less edited; a mistake changes one number, letter or "
-    "verb. forced: share of the own answer when the analysis is closed after the sentence and the final message "
-    "opened. committed: the share of sentences after which the most frequent forced answer is the own one and stays "
-    "so; boundary: their number. Unfinished answers are an answer of their own."
+    "continuations that write the sentence nowhere, set against kept in the same way; returned: share of other that "
+    "writes it later; resamplings: mean number until it stays out, at most `rounds`. Edits: kept less edited; a "
+    "mistake changes one number, letter or verb. forced: share of the own answer when the analysis is closed after "
+    "the sentence and the final message opened. committed: the share of sentences after which the most frequent "
+    "forced answer is the own one and stays so; boundary: their number. Unfinished answers are an answer of their own."
 )
 NOT_CONTROLLED = (
     "Similarity is one of tokens, not of meaning: a paraphrase counts as another sentence, which makes effects "

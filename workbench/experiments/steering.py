@@ -17,7 +17,7 @@ from torch import Tensor
 from workbench.counting import count_of, signed, signed_interval
 from workbench.errors import InputError
 from workbench.experiments.effects import logprobs
-from workbench.experiments.final_channel import ALPHA, answered_rows, final_tokens
+from workbench.experiments.final_channel import answered_rows, final_tokens
 from workbench.experiments.random_controls import MIN_CONTROLS, check_controls, family_p, rank
 from workbench.experiments.sampling import halves
 from workbench.harmony.token_sets import TokenSet, token_set
@@ -26,6 +26,7 @@ from workbench.hooks.interventions import steer
 from workbench.model.transformer import GptOss
 from workbench.registry import Experiment
 from workbench.studies.intervals import mean_effect, prompt_means
+from workbench.studies.statistics import ALPHA
 from workbench.studies.token_labels import TOKEN_LABELS, selection_of
 
 EXPERIMENT = Experiment(
@@ -48,13 +49,12 @@ DOSES = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0)  # times the distance between the chan
 METHOD = (
     "The direction is the difference of mean residual streams of two kinds of tokens (by default final and analysis) "
     "in the middle layer, fitted on half of each task's prompts and added at the chosen tokens (by default all final "
-    "ones) of the other half, times the dose. Measured is the "
-    "log-probability in nats of the final message, summed over its tokens, less that without steering; means over "
-    "prompts, bootstrap-t intervals. The null of a dose is the distribution of the effects of random directions of the "
-    "same norm in the same dose: rank p (two-sided, about the common median), p_family adjusted for all doses "
-    "(single-step max-T), distance in standard deviations of the random directions. The rank holds the prompts fixed, "
-    "and the interval the directions: where the interval includes zero, an effect beyond random directions is shown "
-    "for these prompts only."
+    "ones) of the other half, times the dose. Measured is the log-probability in nats of the final message, summed "
+    "over its tokens, less that without steering; means over prompts, bootstrap-t intervals. The null of a dose is "
+    "the distribution of the effects of random directions of the same norm in the same dose: rank p (two-sided, about "
+    "the common median), p_family adjusted for all doses (single-step max-T), distance in standard deviations of the "
+    "random directions. The rank holds the prompts fixed, and the interval the directions: where the interval "
+    "includes zero, an effect beyond random directions is shown for these prompts only."
 )
 
 

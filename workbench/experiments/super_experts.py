@@ -20,7 +20,7 @@ from workbench.counting import count_of, signed
 from workbench.errors import InputError
 from workbench.experiments.effects import load_of, logprobs, routed_slots
 from workbench.experiments.expert_sets import Cells
-from workbench.experiments.final_channel import ALPHA, answered_rows, final_tokens
+from workbench.experiments.final_channel import answered_rows, final_tokens
 from workbench.experiments.random_controls import MIN_CONTROLS, check_controls, family_p, rank
 from workbench.harmony.transcripts import Transcript
 from workbench.hooks.edits import Edit, applied
@@ -29,6 +29,7 @@ from workbench.model.packing import FORWARD_TOKENS, pack, passes
 from workbench.model.transformer import GptOss
 from workbench.registry import Experiment
 from workbench.studies.intervals import prompt_means
+from workbench.studies.statistics import ALPHA
 
 EXPERIMENT = Experiment(
     name="super-experts",

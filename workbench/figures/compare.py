@@ -11,7 +11,7 @@ from workbench.figures import contrast
 from workbench.figures.gallery import Gallery, GalleryItem, numbers
 from workbench.figures.intervals import lines, rows
 from workbench.figures.template import ThemeName
-from workbench.studies.difference_tests import ALPHA
+from workbench.studies.statistics import ALPHA
 
 ANSWER = ("analysis", "commentary", "final")
 _FEATURES = 20
@@ -90,10 +90,5 @@ def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
     for name, one in datasets.items():
         if name.startswith("features_in_"):
             items[name] = GalleryItem(partial(features, one), numbers(one, "control_layer_feature"), one)
-    for kind, title in (
-        ("routing", "Size of load differences by layer"),
-        ("sinks", "Size of sink differences by layer"),
-    ):
-        own = {n.removeprefix(f"{kind}_"): ds for n, ds in datasets.items() if n.startswith(f"{kind}_")}
-        items |= contrast.gallery(own, title=title, prefix=f"{kind}_")
-    return items
+    titles = {"routing": "Size of load differences by layer", "sinks": "Size of sink differences by layer"}
+    return items | contrast.galleries(datasets, titles)

@@ -30,9 +30,8 @@ def heatmap(ds: xr.Dataset, control: str = "position", *, theme: ThemeName = "li
     )
     hover = (
         f"layer %{{y}}, {kind} %{{x}}<br>%{{customdata[0]:+.2f}} points [%{{customdata[1]:+.2f}}, "
-        f"%{{customdata[2]:+.2f}}], "
-        f"q = %{{customdata[5]:.3g}}<br>{ds.attrs['a']} %{{customdata[3]:.2f}} %, {ds.attrs['b']} "
-        f"%{{customdata[4]:.2f}} %<extra></extra>"
+        f"%{{customdata[2]:+.2f}}], q = %{{customdata[5]:.3g}}<br>{ds.attrs['a']} %{{customdata[3]:.2f}} %, "
+        f"{ds.attrs['b']} %{{customdata[4]:.2f}} %<extra></extra>"
     )
     grid = LayerHeatmap(cell["layer"].values, cell[kind].values, colours)
     grid.differences(points, different, detail, hover, limit, "not shown to differ")
@@ -122,6 +121,19 @@ def by_layer(sets: Mapping[str, xr.Dataset], *, title: str, theme: ThemeName = "
     if any("position" in ds["control"].values for ds in sets.values()):
         subtitle += "; dashed: within prompts, solid: at equal position too"
     return apply_theme(figure, colours, next(iter(sets.values())), title=title, subtitle=subtitle, height=460)
+
+
+def galleries(datasets: Mapping[str, xr.Dataset], titles: Mapping[str, str]) -> Gallery:
+    """Return the figures of comparisons of several quantities, whose datasets are called QUANTITY_COMPARISON.
+
+    titles: of the figure of sizes, by quantity.
+    """
+    items: Gallery = {}
+    for quantity, title in titles.items():
+        prefix = f"{quantity}_"
+        own = {name.removeprefix(prefix): ds for name, ds in datasets.items() if name.startswith(prefix)}
+        items |= gallery(own, title=title, prefix=prefix)
+    return items
 
 
 def gallery(sets: Mapping[str, xr.Dataset], *, title: str, prefix: str = "") -> Gallery:

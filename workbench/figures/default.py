@@ -84,7 +84,7 @@ def _is_text(ds: xr.Dataset, dim: str) -> bool:
 
 
 def _cells(ds: xr.Dataset) -> Iterator[tuple[list[str], xr.Dataset, str]]:
-    """Each variable that has a number, with at most two axes; the labels of further axes are chosen one by one."""
+    """Yield each variable of numbers with at most two axes; of further axes one label is chosen after the other."""
     ds = ds.assign_coords({d: np.arange(n) for d, n in ds.sizes.items() if d not in ds.coords})
     for name in map(str, ds.data_vars):
         interval = name.removesuffix("_low").removesuffix("_high")

@@ -83,10 +83,6 @@ def gallery(datasets: Mapping[str, xr.Dataset]) -> Gallery:
     """Return every figure of the study and the data of each."""
     cost = datasets["cost"]
     items = {"accuracy_by_tokens": GalleryItem(partial(accuracy_by_tokens, cost), numbers(cost, "task_effort"), cost)}
-    for kind, title in (
-        ("routing", "Size of routing differences between efforts"),
-        ("sinks", "Size of sink differences between efforts"),
-    ):
-        own = {n.removeprefix(f"{kind}_"): ds for n, ds in datasets.items() if n.startswith(f"{kind}_")}
-        items |= contrast.gallery(own, title=title, prefix=f"{kind}_")
-    return items
+    differences = "differences between efforts"
+    titles = {"routing": f"Size of routing {differences}", "sinks": f"Size of sink {differences}"}
+    return items | contrast.galleries(datasets, titles)

@@ -14,8 +14,8 @@ from workbench.figures.gallery import Gallery, GalleryItem
 from workbench.figures.heatmap import LayerHeatmap
 from workbench.figures.intervals import lines, rows, shown_effects
 from workbench.figures.template import THEMES, ThemeName, apply_theme
-from workbench.studies.difference_tests import ALPHA
 from workbench.studies.result import tables
+from workbench.studies.statistics import ALPHA
 
 
 def figure(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure:

@@ -134,7 +134,7 @@ def _require_kaleido(formats: Sequence[str]) -> None:
 
 
 def _images(figures: Mapping[str, go.Figure], formats: Sequence[str]) -> dict[str, str | bytes]:
-    """All images from one browser: starting it takes longer than drawing."""
+    """Return all images from one browser: starting it takes longer than drawing."""
     _require_kaleido(formats)
     import kaleido
     from choreographer.errors import BrowserClosedError, BrowserDepsError, BrowserFailedError, ChromeNotFoundError

@@ -9,7 +9,7 @@ import xarray as xr
 from jaxtyping import Bool
 
 from workbench.figures.template import MARKERS, THEMES, ThemeName, apply_theme, band, translucent
-from workbench.studies.difference_tests import ALPHA
+from workbench.studies.statistics import ALPHA
 
 _MOST_TICKS = 40  # whole numbers that are all named on an axis
 

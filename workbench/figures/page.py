@@ -65,7 +65,7 @@ def figure(name: str, draw: Draw) -> str:
 
 
 def _json(drawn: go.Figure) -> str:
-    """The figure as JSON that cannot end the script element it is in."""
+    """Return the figure as JSON that cannot end the script element it is in."""
     text: str = drawn.to_json()
     return text.replace("<", "\\u003c")
 

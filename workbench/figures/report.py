@@ -122,7 +122,7 @@ def overview(contents: Contents, *, findings: str) -> Iterator[str]:
 
 
 def _origin(contents: Contents, *, published: bool = False) -> str:
-    """Where the numbers come from; a published page does not name the folder and the machine."""
+    """Return where the numbers come from; a published page does not name the folder and the machine."""
     rows = [(k, v) for k, v in _provenance(contents) if not (published and k in ("run", "captured"))]
     table = page.table(("", ""), rows)
     return f"<h2>Provenance</h2>{page.folded('Run, checkpoint and software', table)}"
@@ -180,7 +180,7 @@ def section(name: str, sets: Mapping[str, xr.Dataset]) -> Iterator[str]:
 
 
 def _described(ds: xr.Dataset) -> str:
-    """The title of a dataset and the first lines of its summary, the others folded."""
+    """Return the title of a dataset and the first lines of its summary, the others folded."""
     lines = str(ds.attrs["summary"]).splitlines()
     text = f"<h3>{escape(ds.attrs['title'])}</h3>{page.paragraphs(chr(10).join(lines[:_SENTENCES]), 'line')}"
     more = len(lines) - _SENTENCES
@@ -189,7 +189,7 @@ def _described(ds: xr.Dataset) -> str:
 
 
 def _accuracy_table(cost: xr.Dataset) -> str:
-    """Accuracy and analysis tokens of each effort over all tasks, with intervals."""
+    """Return accuracy and analysis tokens of each effort over all tasks, with intervals."""
     header = ("effort", "accuracy (%)", "analysis tokens per answer", "sequences")
     rows = []
     for effort in map(str, cost["effort"].values):
@@ -207,7 +207,7 @@ def _interval(one: xr.Dataset, name: str, factor: float) -> str:
 
 
 def _comparison_table(sets: Mapping[str, xr.Dataset]) -> str:
-    """A row for each comparison: how many cells differ within prompts and at equal position."""
+    """Return a row for each comparison: how many cells differ within prompts and at equal position."""
     header = ("comparison", "prompts", "cells that differ", "at equal position")
     rows = []
     for ds in sets.values():
@@ -229,7 +229,7 @@ def _differing(one: xr.Dataset) -> str:
 
 
 def _figures(name: str, sets: Mapping[str, xr.Dataset]) -> list[str]:
-    """The most important figures of a study as HTML."""
+    """Return the most important figures of a study as HTML."""
     figures: Gallery = find(name).load_figures().gallery(sets)
 
     def rank(label: str) -> tuple[int, int]:
@@ -242,7 +242,7 @@ def _figures(name: str, sets: Mapping[str, xr.Dataset]) -> list[str]:
 
 
 def _facts(run: Run) -> list[str]:
-    """What the run is, in short sentences."""
+    """Return what the run is, in short sentences."""
     facts = []
     if provenance := getattr(run, "provenance", {}):
         transcripts = provenance.get("transcripts", {}).get("name", "transcripts")
@@ -252,7 +252,7 @@ def _facts(run: Run) -> list[str]:
 
 
 def _problems(run: Run) -> list[tuple[str, str]]:
-    """What a reader should know before the numbers: unfinished units, flags and exclusions."""
+    """Return what a reader should know before the numbers: unfinished units, flags and exclusions."""
     rows = []
     done, total = getattr(run, "progress", (0, 0))
     if done != total:

@@ -76,6 +76,5 @@ def _rests(cell: xr.Dataset, control: str) -> str:
     n = int(cell["different"].sum())
     return (
         f"{_label(control)}; {count_of(int(cell['prompts']), 'prompt')}, {int(cell['tokens_a']):,} and "
-        f"{int(cell['tokens_b']):,} "
-        f"tokens; {n} of {cell['different'].size} experts differ"
+        f"{int(cell['tokens_b']):,} tokens; {n} of {cell['different'].size} experts differ"
     )

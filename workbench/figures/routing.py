@@ -243,7 +243,7 @@ def special_by_layer(ds: xr.Dataset, *, theme: ThemeName = "light") -> go.Figure
 
 
 def _select(ds: xr.Dataset, **labels: str) -> xr.Dataset:
-    """One cell; a label that the dataset lacks is refused with those it has."""
+    """Return one cell; a label that the dataset lacks is refused with those it has."""
     for axis, label in labels.items():
         known = [str(value) for value in ds[axis].values]
         if label not in known:
@@ -252,14 +252,14 @@ def _select(ds: xr.Dataset, **labels: str) -> xr.Dataset:
 
 
 def _compared(div: xr.Dataset) -> str:
-    """The two sides of a comparison, and what was held fixed."""
+    """Return the two sides of a comparison, and what was held fixed."""
     kind = {"channel": "", "effort": " effort", "task": " (tasks)"}[div.attrs["between"]]
     fixed = f", {div.attrs['within']}" if div.attrs["within"] else ""
     return f"{div.attrs['a']} against {div.attrs['b']}{kind}{fixed}"
 
 
 def _layer_axis(ds: xr.Dataset) -> dict[str, Any]:
-    """Ticks at whole layers, and room for the first and the last."""
+    """Return ticks at whole layers, and room for the first and the last."""
     layers = ds["layer"].values
     return {"range": [layers[0] - 0.5, layers[-1] + 0.5], "dtick": max(1, len(layers) // 6)}
 
@@ -272,7 +272,7 @@ def _limit(points: Float[np.ndarray, "cell"]) -> float:
 
 
 def _line_with_band(cell: xr.Dataset, value: str, colour: str, symbol: str, style: dict[str, Any]) -> list[go.Scatter]:
-    """Entropy by layer over its interval. value: the variable that is the line."""
+    """Return entropy by layer over its interval. value: the variable that is the line."""
     layers, hidden = cell["layer"].values, style | {"showlegend": False}
     names = ("entropy_low", "entropy_high", "effective_experts", "entropy_normalised")
     return [
@@ -299,7 +299,7 @@ def _line_with_band(cell: xr.Dataset, value: str, colour: str, symbol: str, styl
 
 
 def _null_band(div: xr.Dataset, colours: Theme) -> list[go.Scatter]:
-    """What the divergence is when labels mean nothing."""
+    """Return what the divergence is when labels mean nothing."""
     layers = div["layer"].values
     return [
         band(
@@ -317,7 +317,7 @@ def _null_band(div: xr.Dataset, colours: Theme) -> list[go.Scatter]:
 
 
 def _observed_and_excess(div: xr.Dataset, colours: Theme) -> tuple[go.Scatter, go.Scatter]:
-    """The divergence of every layer, and what of it is not chance; filled where a difference is shown."""
+    """Return the divergence of every layer, and what of it is not chance; filled where a difference is shown."""
     blue, excess = colours.colour("channel", "analysis"), div["excess"].values
     fill = np.where(div["different"].values, blue, colours.paper)
     names = ("excess", "excess_low", "excess_high", "p", "q")

@@ -19,9 +19,8 @@ def heatmap(ds: xr.Dataset, control: str, *, theme: ThemeName = "light") -> go.F
     figure, height = difference_of_labels(cell, "head", ("mean_a", "mean_b"), sides, "sink attention (points)", colours)
     different = cell["different"].values
     subtitle = (
-        f"within {control}; {count_of(int(cell['prompts']), 'prompt')}; {int(different.sum())} of "
-        f"{different.size} heads differ; "
-        f"mean positions {float(ds['position_a']):.0f} and {float(ds['position_b']):.0f}"
+        f"within {control}; {count_of(int(cell['prompts']), 'prompt')}; {int(different.sum())} of {different.size} "
+        f"heads differ; mean positions {float(ds['position_a']):.0f} and {float(ds['position_b']):.0f}"
     )
     return apply_theme(figure, colours, ds, title=ds.attrs["title"], subtitle=subtitle, height=height)
 

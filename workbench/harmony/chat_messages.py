@@ -189,7 +189,7 @@ class _Reader:
         )
 
     def _call_answered(self, id: str, name: Any) -> _Call | None:
-        """The call that a result answers: by its id, by the name, or else the first one without an answer.
+        """Return the call that a result answers: by its id, by the name, or else the first one without an answer.
 
         Raises:
             _MessageError: the id is that of no call, and several calls have no answer; or the call with this id is one
@@ -215,7 +215,7 @@ class _Reader:
         return self._last
 
     def _call_of(self, names: Sequence[str]) -> _Call | None:
-        """The first call of a tool that has no answer, which now has one, or else its last call."""
+        """Return the first call of a tool that has no answer, which now has one, or else its last call."""
         open_call = next((i for i, (_, call) in enumerate(self._unanswered) if call.recipient in names), None)
         if open_call is not None:
             return self._unanswered.pop(open_call)[1]
@@ -265,7 +265,7 @@ class _Reader:
                 self._remember("", _Call(fields["recipient"], fields.get("channel", channel)))
 
     def _reasoning(self, message: Mapping[str, Any]) -> list[_Segment]:
-        """The reasoning beside the content."""
+        """Return the reasoning beside the content."""
         text, summary = reasoning_beside(message)
         self.result.summary |= summary
         return [_Segment("analysis", text)] if text else []
@@ -319,7 +319,7 @@ class _Reader:
         raise _MessageError(f"its content has a part of type {shown(kind)}; expected text, reasoning, images or calls")
 
     def _text(self, content: Any) -> str:
-        """The text of a message that is given to a model."""
+        """Return the text of a message that is given to a model."""
         if isinstance(content, str):
             return content
         if not isinstance(content, list):
@@ -330,7 +330,7 @@ class _Reader:
         return "".join(segment.content for segment in segments)
 
     def _call(self, call: Any) -> dict[str, Any]:
-        """A tool call of any API as a message."""
+        """Return a tool call of any API as a message."""
         definition = (call.get("function") or call.get("custom")) if isinstance(call, Mapping) else None
         fields: Any = definition if isinstance(definition, Mapping) else call
         name = (
@@ -410,7 +410,7 @@ def _final(text: str) -> dict[str, Any]:
 
 
 def _stated_end(message: Mapping[str, Any]) -> bool | None:
-    """Whether a message states that it was cut off or ended, in itself or in the metadata of its program."""
+    """Return whether a message states that it was cut off or ended, in itself or in the metadata of its program."""
     return is_complete({name: message.get(name) for name in (*REASONS, *OBJECTS)})
 
 
@@ -419,7 +419,7 @@ def _is_analysis(message: Mapping[str, Any]) -> bool:
 
 
 def _analysis_of(segment: _Segment) -> str:
-    """The reasoning in a segment of the content; "" if it is something else."""
+    """Return the reasoning in a segment of the content; "" if it is something else."""
     if segment.kind == "analysis":
         return segment.content
     is_analysis = segment.message.get("channel") == "analysis" and not segment.message.get("recipient")
@@ -427,12 +427,12 @@ def _analysis_of(segment: _Segment) -> str:
 
 
 def _has_own(message: Mapping[str, Any], segment: _Segment) -> bool:
-    """Whether an empty text stands for a message of its own: one with a channel that nothing else of it fills."""
+    """Return whether an empty text is a message of its own: one with a channel that nothing else of it fills."""
     return segment.kind == "text" and message.get("channel") is not None and not message.get("tool_calls")
 
 
 def _joined(segments: list[_Segment]) -> list[_Segment]:
-    """Neighbouring pieces of the same kind as one."""
+    """Return neighbouring pieces of the same kind as one."""
     joined: list[_Segment] = []
     for segment in segments:
         if joined and not segment.message and not joined[-1].message and joined[-1].kind == segment.kind:

@@ -97,7 +97,7 @@ def is_complete(fields: Mapping[str, Any]) -> bool | None:
 
 
 def _is_at_stop_text(fields: Mapping[str, Any]) -> bool:
-    """Whether an answer ended before a text that is no mark: vLLM's `stop_reason`, SGLang's `matched`."""
+    """Return whether an answer ended before a text that is no mark: vLLM's `stop_reason`, SGLang's `matched`."""
     reason = fields.get("finish_reason")
     text = reason.get("matched") if isinstance(reason, Mapping) else fields.get("stop_reason")
     is_text = isinstance(text, str) and text != "" and not text.startswith("<|")

@@ -60,7 +60,7 @@ def flags_of_row(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _is_irregular(raw: str, *, is_last: bool) -> bool:
-    """Whether a text with marks does not follow the format; only the last of a conversation may lack a stop token."""
+    """Return whether a text with marks breaks the format; only the last of a conversation may lack a stop token."""
     words = tokenizer()
     messages = label(marked_ids(raw, words), tokenizer=words, n_prompt=0).messages
     return any(irregular(m) for m in messages) or (not is_last and bool(messages) and messages[-1].stop < 0)

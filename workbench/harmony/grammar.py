@@ -55,7 +55,7 @@ def messages_of(ids: Sequence[int], labels: Labels, tokenizer: Tokenizer) -> lis
 
 
 def _is_regular(message: Mapping[str, Any], closed_by: str, text: str, tokenizer: Tokenizer) -> bool:
-    """Whether rendering a message gives its text again, the stop token at the end of the stream aside."""
+    """Return whether rendering a message gives its text again, the stop token at the end of the stream aside."""
     try:
         check_messages([{"role": "user", "content": ""}, message])
         written = tokenizer.decode(message_ids(message, tokenizer))

@@ -34,6 +34,7 @@ PARTS = (
 )
 ROLES = ("system", "developer", "user", "assistant", "tool")
 CHANNELS = ("frame", "prompt", "analysis", "commentary", "final", "other")
+FRAME = CHANNELS.index("frame")  # the code of tokens that are no content of a message
 
 FLAGS = {
     "unclosed": "another message starts before the stop token",
@@ -126,8 +127,8 @@ def channel_codes(labels: Labels) -> UInt8[np.ndarray, " tokens"]:
         CHANNELS.index("prompt" if m.role != "assistant" else m.channel if m.channel in CHANNELS[2:] else "other")
         for m in labels.messages
     ]
-    by_message = np.array([*codes, CHANNELS.index("frame")], dtype=np.uint8)
-    return np.where(labels.part == _CONTENT, by_message[labels.message], CHANNELS.index("frame")).astype(np.uint8)
+    by_message = np.array([*codes, FRAME], dtype=np.uint8)
+    return np.where(labels.part == _CONTENT, by_message[labels.message], FRAME).astype(np.uint8)
 
 
 def role_codes(labels: Labels) -> Int8[np.ndarray, " tokens"]:
@@ -293,7 +294,7 @@ class _Labeller:
         stream.open, stream.outside = None, end
 
     def _bare_content(self, ids: Int[np.ndarray, " tokens"], cut: bool) -> int | None:
-        """Where content begins in a message without `<|message|>`; None if it has nothing but its header."""
+        """Return where content begins in a message without `<|message|>`; None if it has nothing but its header."""
         marks = np.flatnonzero(self._kinds[np.where((ids >= 0) & (ids < len(self._kinds) - 1), ids, 0)])
         after = int(marks[-1]) + 1 if len(marks) else 0
         words_of_header = _header_words(self._tokenizer.decode(ids[after:].tolist()), len(marks) <= 1, cut)
@@ -366,7 +367,7 @@ class _Labeller:
 
 
 def _role(words: list[str], flags: list[str]) -> tuple[str, str, list[str]]:
-    """Role, author and the words left. An author that is not a role is a tool if a tool's header can begin so."""
+    """Return role, author and the words left; an author that is no role is a tool if a tool's header can begin so."""
     if not words or words[0].startswith("to="):
         flags.append("no_role")
         return "assistant", "", words
@@ -381,7 +382,7 @@ def _role(words: list[str], flags: list[str]) -> tuple[str, str, list[str]]:
 
 
 def _channel(text: str, marked: bool, flags: list[str]) -> tuple[str, list[str]]:
-    """The channel and the words after it."""
+    """Return the channel and the words after it."""
     words = text.split()
     if words and not text[0].isspace() and not words[0].startswith("to="):
         return words[0], words[1:]
@@ -391,7 +392,7 @@ def _channel(text: str, marked: bool, flags: list[str]) -> tuple[str, list[str]]
 
 
 def _header_words(text: str, of_role: bool, cut: bool) -> int | None:
-    """How many characters of a text after the last mark of a header belong to it; None if all of them.
+    """Return how many characters of a text after the last mark of a header belong to it; None if all of them.
 
     of_role: the text follows `<|start|>`, so its first word is a role; otherwise it is a channel or a type. cut: the
     stream ends with the text, so a word or two may be the beginning of what a header has.

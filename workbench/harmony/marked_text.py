@@ -67,7 +67,7 @@ def read_output(text: str, *, truncated: bool = False, vocabulary: Tokenizer | N
 
 
 def _may_be_more(text: str) -> bool:
-    """Whether a text that is read as one answer has what may be marks or tags: quoted, misspelled, after a preamble."""
+    """Return whether a text read as one answer has what may be marks or tags: quoted, misspelled, after a preamble."""
     has_tags = any(f"<{tag}>" in text and f"</{tag}>" in text for tag in _TAGS)
     stopped = text.rstrip().endswith((*STOPS, "<|endoftext|>"))
     remains = _OTHER_REMAINS.match(text) or _GLUED.match(text)
@@ -121,7 +121,7 @@ def _without_spaces_at_marks(text: str) -> str:
 
 
 def _stripped(text: str, truncated: bool) -> list[dict[str, Any]] | None:
-    """Messages of a text whose marks were stripped, as in `analysis…assistantfinal…`."""
+    """Return messages of a text whose marks were stripped, as in `analysis…assistantfinal…`."""
     start = text.removeprefix("assistant")
     if _CALL_FIRST.match(start):
         return _stripped_pieces("assistant" + start)
@@ -143,7 +143,7 @@ def _stripped_pieces(text: str) -> list[dict[str, Any]]:
 
 
 def _is_glued_final(text: str) -> bool:
-    """Whether a text begins as in `final144` or `finalThe`, which no word does: the answer had no analysis."""
+    """Return whether a text begins as in `final144` or `finalThe`, which no word does: the answer had no analysis."""
     rest = text.removeprefix("final")
     return text.startswith("final") and (
         rest[:1].isdigit() or rest[:1].isupper() or (rest[:1] == "-" and rest[1:2].isdigit())
@@ -173,7 +173,7 @@ def _stripped_message(piece: str) -> dict[str, Any]:
 
 
 def _tagged(text: str) -> Output | None:
-    """Messages of a text with its reasoning in `<think>` tags.
+    """Return messages of a text with its reasoning in `<think>` tags.
 
     A tag that is never closed holds reasoning that was cut off; where only the closing tag is there, the opening one
     was part of the prompt. Tags within tags belong to the reasoning, and the output is irregular.

@@ -79,7 +79,7 @@ def left_out_fields(message: Mapping[str, Any], role: str) -> list[str]:
 
 
 def _is_read(wrapper: Any, message: Mapping[str, Any]) -> bool:
-    """Whether an object that a program adds to a message holds reasoning and what the message itself has, no more."""
+    """Return whether an object that a program adds holds reasoning and what the message itself has, no more."""
     return isinstance(wrapper, Mapping) and all(
         name in REASONING_FIELDS or name in _ABOUT or value in (None, "", [], {}) or message.get(name)
         for name, value in wrapper.items()

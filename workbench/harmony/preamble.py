@@ -168,7 +168,7 @@ def _text_of(message: Any, role: str, options: Any = None) -> str:
 
 
 def _is_own(template: str, tokenizer: Tokenizer) -> bool:
-    """Whether a template writes gpt-oss's own system message: then it is gpt-oss's, whatever else differs."""
+    """Return whether a template writes gpt-oss's own system message: then it is gpt-oss's, whatever else differs."""
     if _OWN_SYSTEM_TEXT not in template:
         return False
     text = "".join(_pieces(template, (), PromptOptions(date=_ANY_DAY), tokenizer))
@@ -178,7 +178,7 @@ def _is_own(template: str, tokenizer: Tokenizer) -> bool:
 def _pieces(
     template: str, leading: Sequence[Mapping[str, Any]], options: PromptOptions, tokenizer: Tokenizer
 ) -> list[str]:
-    """What a chat template writes before a first user message, cut at marks; every second piece is a mark.
+    """Return what a chat template writes before a first user message, cut at marks; every second piece is a mark.
 
     The template sees a placeholder for every content, so that no content can turn into a mark.
     """
@@ -207,7 +207,7 @@ def _pieces(
 def _from_template(
     template: str, leading: Sequence[Mapping[str, Any]], options: PromptOptions, tokenizer: Tokenizer
 ) -> list[int]:
-    """The ids of another model's preamble. Contents take their places only here, so words join as in the full text."""
+    """Return the ids of another model's preamble, with its contents in place, so that words join as in the text."""
     pieces = _pieces(template, leading, options, tokenizer)
     contents = {f"CONTENT{i}PLACEHOLDER": message["content"] for i, message in enumerate(leading)}
     for i, (placeholder, content) in enumerate(contents.items(), 1):
@@ -238,7 +238,7 @@ def _refuse_dropped_options(pieces: Sequence[str], options: PromptOptions, token
 
 
 def _before_the_user(text: str, tokenizer: Tokenizer) -> list[str]:
-    """A template's text up to its user message: what stands between marks, and every second one a mark."""
+    """Return a template's text up to its user message: what stands between marks, and every second one a mark."""
     marks = "|".join(map(re.escape, sorted(tokenizer.special, key=len, reverse=True)))
     pieces = re.split(f"({marks})", text)
     user = next((i for i, piece in enumerate(pieces) if "USERPLACEHOLDER" in piece), 0)

@@ -117,7 +117,7 @@ def without_earlier_analysis(
 
 
 def _pieces(messages: Sequence[Mapping[str, Any]], options: PromptOptions, tokenizer: Tokenizer) -> list[list[int]]:
-    """The preamble's ids, then those of every message after it."""
+    """Return the preamble's ids, then those of every message after it."""
     check_messages(messages)
     n_leading = leading(messages)
     if any(message.get("raw") for message in messages[:n_leading]):

@@ -97,7 +97,7 @@ def check_token_set(*, every: int = 1, last: int | None = None, **which: Any) ->
 
 
 def _numbers(which: int | Iterable[int] | slice, n: int) -> list[int]:
-    """Numbers below n; negative ones count from the end, and those that are not there are left out."""
+    """Return numbers below n; negative ones count from the end, and those that are not there are left out."""
     if isinstance(which, slice):
         return list(range(n))[which]
     return [i % n for i in ([which] if isinstance(which, int) else which) if -n <= i < n]

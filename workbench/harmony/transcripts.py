@@ -196,7 +196,7 @@ def row_of(row: Transcript) -> dict[str, Any]:
 
 
 def _rows(path: Path) -> Iterator[tuple[int, bytes | _BadRowError]]:
-    """Number and bytes of every line that is not blank; a line too long to keep is passed over, and is an error."""
+    """Yield the number and the bytes of every line that is not blank; a line that is too long is an error."""
     empty = True
     try:
         with regular_file(path) as source, source.open("rb") as file:
@@ -277,7 +277,7 @@ def _transcript(fields: dict[str, Any], seen: dict[str, int], tokenizer: Tokeniz
 def _rendered(
     fields: dict[str, Any], tokenizer: Tokenizer, complete: bool | None
 ) -> tuple[str, list[int], int, ChatMessages]:
-    """Effort, ids and length of the prompt of a row of messages."""
+    """Return effort, ids and length of the prompt of a row of messages."""
     options = {"date": _DATE} | _options(fields)
     given = _stated_effort(fields)
     if given not in (None, ""):
@@ -394,7 +394,7 @@ def _chat_messages(fields: dict[str, Any], *, split: bool, truncated: bool = Fal
 
 
 def _prompt_messages(fields: dict[str, Any]) -> list[dict[str, Any]]:
-    """Messages of which nothing is left out: a prompt is to be exactly what was asked."""
+    """Return messages of which nothing is left out: a prompt is to be exactly what was asked."""
     chat = _chat_messages(fields, split=False)
     if chat.images or chat.left_out:
         what = chat.left_out[0] if chat.left_out else "an image"

@@ -230,9 +230,8 @@ def tokenizer_of_tokens(
     if len(tokens) != harmony.d_vocab:
         if tokenizer_json is None:
             raise InputError(
-                f"{source}: {len(tokens):,} tokens and no tokenizer.huggingface.json; expected the "
-                f"{harmony.d_vocab:,} of "
-                "o200k_harmony"
+                f"{source}: {len(tokens):,} tokens and no tokenizer.huggingface.json; expected the {harmony.d_vocab:,} "
+                "of o200k_harmony"
             )
         return _FromFile(source / "tokenizer.json", chat_template, tokenizer_json)
     for name in (*(f"<|{mark}|>" for mark in MARKS), "<|startoftext|>", "<|endoftext|>"):
@@ -275,7 +274,7 @@ def harmony_encoding() -> Any:
 
 
 def _chat_template(folder: Path) -> str | None:
-    """The folder's chat_template.jinja, or the (default) template in its tokenizer_config.json."""
+    """Return the folder's chat_template.jinja, or the (default) template in its tokenizer_config.json."""
     if (path := folder / "chat_template.jinja").exists():
         return _read(path)
     if not (path := folder / "tokenizer_config.json").exists():

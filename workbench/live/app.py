@@ -10,13 +10,13 @@ from urllib.parse import urlencode
 
 import panel as pn
 
-from workbench.dashboards.access import checked_origins, guard, login_options
-from workbench.dashboards.app import SESSIONS, ExtraPage, check_free, expect_closed_connections, local_origins
+from workbench.dashboards.app import ExtraPage
 from workbench.dashboards.layout import PageTemplate, page_template
+from workbench.dashboards.server import checked_address, listen
 from workbench.errors import InputError
 from workbench.figures.template import ThemeName
 from workbench.live.model_server import Limits, ModelServer
-from workbench.live.page import _REFRESH_MS, LivePage
+from workbench.live.page import REFRESH_MS, LivePage
 from workbench.live.recipe_folder import RecipeFolder
 from workbench.model.transformer import GptOss
 from workbench.research.recipe import Recipe
@@ -62,7 +62,7 @@ def live_page(
                 page.refresh()
 
         pn.state.on_session_destroyed(lambda _: page.viewer.leave())
-        pn.state.add_periodic_callback(refresh, period=_REFRESH_MS)
+        pn.state.add_periodic_callback(refresh, period=REFRESH_MS)
         own = (
             address_of_recipe(recipe, theme, others)
             if given.get("recipe") and not problem
@@ -139,34 +139,12 @@ def serve(
     viewers read and save recipes in. basic_auth: a JSON file of names and passwords; without it everybody who reaches
     the address may use the model.
     """
-    access = login_options(basic_auth)
-    origins = [*local_origins(address, port), *checked_origins(allow_origin)]
-    check_free(address, port)
-    expect_closed_connections()
+    at = checked_address(address, port, allow_origin, basic_auth)
     pn.extension(notifications=False, inline=True)  # nothing from another host
     server = ModelServer(model, name, limits, sources, recipes)
     server.warm_up()
     page = live_page(server)
-    print(f"http://{address}:{port}/  (Ctrl-C ends)", flush=True)
-    options: dict[str, Any] = {
-        "websocket_origin": origins,
-        "num_threads": 4,
-        **SESSIONS,
-    }
     try:
-        panel = pn.serve(
-            {"/": page, "live": page},
-            address=address,
-            port=port,
-            show=show,
-            verbose=False,
-            title="gpt-oss workbench",
-            start=False,
-            **options,
-            **access,
-        )
-        guard(panel._tornado, origins)
-        panel.start()
-        panel.io_loop.start()
+        listen({"/": page, "live": page}, at, show=show)
     finally:
         server.close()

@@ -33,7 +33,7 @@ from workbench.live.rendering import (
 from workbench.research.intervention import CELL_KINDS, Intervention
 from workbench.research.recipe import Recipe
 
-_REFRESH_MS = 120
+REFRESH_MS = 120
 _PRIMARY_CSS = """
 .bk-btn,.bk-btn:hover{background:var(--wb-accent)!important;color:var(--wb-on-accent)!important;font-weight:600}
 """

@@ -111,9 +111,8 @@ def expert_layout(folder: Path, config: Mapping[str, Any]) -> str:
         return str(layout)
     if sign := _sign_of_unsloth(config):
         raise InputError(
-            f"{folder / CONFIG}: {sign} shows that Unsloth made this adapter, which stored the experts' lora_B "
-            "grouped by "
-            "expert until September 2026 and in PEFT's order since; set the option lora_B_layout in the file to "
+            f"{folder / CONFIG}: {sign} shows that Unsloth made this adapter, which stored the experts' lora_B grouped "
+            "by expert until September 2026 and in PEFT's order since; set the option lora_B_layout in the file to "
             "'grouped_by_expert' or 'rank_major'"
         )
     return LAYOUTS[0]

@@ -50,7 +50,7 @@ class _Held:
 
     @property
     def moves(self) -> bool:
-        """Whether the bases ever move."""
+        """Return whether the bases ever move."""
         return self.window is not None
 
     def oldest(self, length: int) -> int:
@@ -62,7 +62,7 @@ class _Held:
         return max(0, self.oldest(length) - BACK) // ALIGNMENT * ALIGNMENT
 
     def base_on_device(self, lengths: Int[Tensor, " batch"]) -> Int[Tensor, " batch"]:
-        """The same as `base_for`, on the device of `lengths`."""
+        """Return the same as `base_for`, on the device of `lengths`."""
         assert self.window is not None
         return (lengths - (self.window - 1 + BACK)).clamp(min=0) // ALIGNMENT * ALIGNMENT
 

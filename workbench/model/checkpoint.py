@@ -24,12 +24,11 @@ from workbench.model.formats import gguf_reader, gguf_split, mlx, ollama
 from workbench.model.lazy_tensors import LazyTensor, Tensors
 from workbench.model.names import LAYOUTS, name_in, shapes
 from workbench.model.opened_checkpoint import Checkpoint
-from workbench.model.safetensors_file import Entry, SafetensorsFile
+from workbench.model.safetensors_file import FLOATS, Entry, SafetensorsFile
 from workbench.model.separate_experts import stack_experts
 from workbench.model.stored_names import Stored, hugging_face_names
 
 BUNDLED = {"nano": Path(__file__).parents[1] / "data" / "nano"}
-_FLOATS = ("BF16", "F16", "F32")
 _INDEX = "model.safetensors.index.json"
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja"]
 
@@ -280,7 +279,7 @@ def _explanation(stored: str, available: Collection[str]) -> str:
 
 def _check_entry(path: Path, name: str, entry: Entry, shape: tuple[int, ...], canonical: str) -> None:
     packed = canonical.endswith((".blocks", ".scales"))
-    dtypes = ("U8",) if packed else _FLOATS
+    dtypes = ("U8",) if packed else FLOATS
     if entry.shape != shape:
         raise InputError(f"{path}: tensor {name!r} has shape {list(entry.shape)}, the config requires {list(shape)}")
     if entry.dtype not in dtypes:

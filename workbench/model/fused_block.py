@@ -39,7 +39,7 @@ class _Half(NamedTuple):
 
     @property
     def observed(self) -> bool:
-        """Whether a module has hooks, or a forward method of its own."""
+        """Return whether a module has hooks, or a forward method of its own."""
         return any(m._forward_hooks or m._forward_pre_hooks or "forward" in m.__dict__ for m in self.modules)
 
 

@@ -140,7 +140,7 @@ def check_ids(tokens: Int[Tensor, "*any"], model: Any) -> Int[Tensor, "*any"]:
 
 
 def _texts(given: Any) -> list[str] | None:
-    """The texts if these are some, else None."""
+    """Return the texts if these are some, else None."""
     if isinstance(given, str):
         return [given]
     if isinstance(given, np.ndarray) and given.dtype.kind in "UO":
@@ -193,7 +193,7 @@ def _mask(attention_mask: Any, tokens: Tensor) -> Tensor:
 
 
 def _counted(real: Int[Tensor, "batch pos"]) -> tuple[list[int], list[int]]:
-    """Padding on the left and tokens of every row of a mask, which must be one run."""
+    """Return padding on the left and tokens of every row of a mask, which must be one run."""
     n_real, first = real.sum(1), real.argmax(1)
     width = torch.arange(real.shape[1], device=real.device)
     run = (width >= first[:, None]) & (width < (first + n_real)[:, None])

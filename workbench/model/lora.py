@@ -34,14 +34,13 @@ from workbench.model.adapter_names import Target, module_name, targets, targets_
 from workbench.model.low_rank import LowRank
 from workbench.model.names import name_in
 from workbench.model.opened_checkpoint import Checkpoint
-from workbench.model.safetensors_file import SafetensorsFile
+from workbench.model.safetensors_file import FLOATS, SafetensorsFile
 from workbench.model.transformer import GptOss
 
-_WEIGHTS = "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 _FACTOR = re.compile(r"(?P<module>.+?)\.lora_(?P<factor>[AB])(\.\w+)?\.weight")
 _MAGNITUDE = re.compile(r"(?P<module>.+?)\.lora_magnitude_vector(\.default)?(\.weight)?")
 _WRAPPERS = re.compile(r"\.(modules_to_save|default|base_layer)(?=\.|$)")
-_FLOATS = ("BF16", "F16", "F32")
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ def _exchange(model: GptOss, name: str, weight: Tensor) -> nn.Parameter:
 
 
 def _open_weights(folder: Path) -> SafetensorsFile:
-    path = folder / _WEIGHTS
+    path = folder / WEIGHTS
     if not path.exists() and (folder / "adapter_model.bin").exists():
         raise InputError(
             f"{folder}: adapter_model.bin is a pickle, which can run code when it is read; save it as safetensors"
@@ -220,8 +219,8 @@ def _check_factors(
 
 
 def _check_float(file: SafetensorsFile, name: str) -> None:
-    if (dtype := file.entries[name].dtype) not in _FLOATS:
-        raise InputError(f"{file.path}: tensor {name!r} has dtype {dtype}, expected {' or '.join(_FLOATS)}")
+    if (dtype := file.entries[name].dtype) not in FLOATS:
+        raise InputError(f"{file.path}: tensor {name!r} has dtype {dtype}, expected {' or '.join(FLOATS)}")
 
 
 def _by_part(pairs: Collection[_Pair]) -> dict[str, list[_Pair]]:
@@ -320,6 +319,6 @@ def _dora(
 def _digest(base: Checkpoint, folder: Path) -> str:
     """Return the fingerprint of a checkpoint and the adapter on it."""
     total = hashlib.sha256(base.digest.encode())
-    for name in (CONFIG, _WEIGHTS):
+    for name in (CONFIG, WEIGHTS):
         total.update(hashlib.sha256((folder / name).read_bytes()).digest())
     return total.hexdigest()

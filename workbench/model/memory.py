@@ -48,11 +48,6 @@ def cache(cfg: Config, dtype: torch.dtype = torch.bfloat16) -> int:
     return cfg.n_layers * _cached_position(cfg, dtype)
 
 
-def cache_growth(cfg: Config, dtype: torch.dtype = torch.bfloat16) -> int:
-    """Return the bytes of keys and values of each further position of a long row: layers with a window take none."""
-    return sum(window is None for window in cfg.windows) * _cached_position(cfg, dtype)
-
-
 def cache_row(cfg: Config, positions: int, dtype: torch.dtype = torch.bfloat16) -> int:
     """Return the bytes of keys and values of a row of this many positions, in all layers."""
     held = sum(held_positions(window, positions) for window in cfg.windows)
@@ -60,7 +55,7 @@ def cache_row(cfg: Config, positions: int, dtype: torch.dtype = torch.bfloat16) 
 
 
 def _cached_position(cfg: Config, dtype: torch.dtype) -> int:
-    """Bytes of the key and the value of one position in one layer."""
+    """Return bytes of the key and the value of one position in one layer."""
     return 2 * cfg.n_key_value_heads * cfg.d_head * dtype.itemsize
 
 

@@ -5,7 +5,7 @@ of sequences whose beginnings a cache holds. Hooks need not care: `sequence` and
 `mask` which tokens of the pass are in a token set, `key_mask` which keys. These and `sequence` lie on the CPU.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import copy
 
 import numpy as np
@@ -14,13 +14,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from workbench.errors import InputError
-from workbench.hooks.edits import EVERY_TOKEN
+from workbench.hooks.edits import EVERY_TOKEN, TokenSet
 from workbench.kernels import attention as attend
 from workbench.model.cache import CachedKeys, KVCache, by_position
 from workbench.model.config import Config
 from workbench.model.rope import cos_sin
-
-TokenSet = Callable[[Int[np.ndarray, " pos"]], Bool[np.ndarray, " pos"]]  # of a sequence's ids, which are in the set
 
 
 class PassContext:
@@ -174,7 +172,7 @@ class PassContext:
         return self._inside[members]
 
     def _streams(self) -> dict[int, np.ndarray]:
-        """The ids of every sequence from its beginning to the end of this pass."""
+        """Return the ids of every sequence from its beginning to the end of this pass."""
         now = self._tokens.cpu().numpy()
         if self.lengths is not None:
             return {i: part for i, part in enumerate(np.split(now[0], np.cumsum(self.lengths)[:-1]))}

@@ -32,7 +32,7 @@ def inverse_frequencies(rope: Rope, d_head: int) -> Float[Tensor, " half"]:
         return plain.float()
 
     def turning(beta: float) -> float:
-        """The pair that makes `beta` turns within the original context."""
+        """Return the pair that makes `beta` turns within the original context."""
         return half * math.log(rope.original_ctx / (beta * 2 * math.pi)) / math.log(rope.theta)
 
     low, high = turning(rope.beta_fast), turning(rope.beta_slow)

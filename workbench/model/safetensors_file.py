@@ -22,6 +22,8 @@ from workbench.errors import InputError, refuse_lfs_pointer
 _LARGEST_HEADER = 100_000_000
 _BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "U8": 1, "U32": 4, "I8": 1, "I64": 8, "I32": 4, "I16": 2, "BOOL": 1}
 
+FLOATS = ("BF16", "F16", "F32")  # names of the dtypes of weights that are not packed
+
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file of tensors, name → [...].

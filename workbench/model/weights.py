@@ -198,7 +198,7 @@ class ModelWeights:
         return int(self.cfg.n_params)
 
     def blocks_with(self, submodule: str) -> list[tuple[int, Any]]:
-        """Return number and block of every block that has a part of this name, such as "attn"."""
+        """Return the number and the block of every block that has a part of this name, such as "attn"."""
         return [(layer, block) for layer, block in enumerate(self.blocks) if hasattr(block, submodule)]
 
     def composition_layer_indices(self) -> list[int]:

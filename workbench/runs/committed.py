@@ -119,7 +119,7 @@ class CommittedRun:
 
     @cached_property
     def _committed_sequences(self) -> np.ndarray:
-        """Numbers of the sequences whose unit is committed."""
+        """Return numbers of the sequences whose unit is committed."""
         chosen = [s for unit in self._committed_units for s in unit.sequences]
         return np.array(chosen, dtype=np.int64)
 
@@ -129,7 +129,7 @@ class CommittedRun:
 
     @cached_property
     def _visible(self) -> np.ndarray:
-        """Numbers of the sequences whose unit is committed and that are not excluded."""
+        """Return numbers of the sequences whose unit is committed and that are not excluded."""
         if not self.excluded:
             return self._committed_sequences
         with reading(self.storage, "the flags of the sequences"):

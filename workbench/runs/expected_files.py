@@ -46,7 +46,7 @@ class ExpectedFiles:
 
     @cached_property
     def _layout(self) -> Layout:
-        """The units, without the sequences' offsets and lengths: all that the shapes of arrays depend on."""
+        """Return the units, without the sequences' offsets and lengths: all that the shapes of arrays depend on."""
         about = parse_json(self._metadata("units/committed/zarr.json"))["attributes"]
         columns = zip(about["starts"], about["capacities"], about["sequences"], strict=True)
         units = (Unit(i, start, capacity, tuple(range(n))) for i, (start, capacity, n) in enumerate(columns))

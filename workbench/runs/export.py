@@ -116,7 +116,7 @@ def _what(run: Run, what: str, layers: Sequence[int]) -> tuple[str | None, tuple
 
 
 def _blocks(run: Run, selection: Selection) -> Iterator[tuple[slice, np.ndarray, pd.DataFrame]]:
-    """Rows of every committed unit in the store, which of them are selected, and the columns of those."""
+    """Yield rows of every committed unit in the store, which of them are selected, and the columns of those."""
     sequences = run.sequences
     for rows in run.spans:
         group = run.group["tokens"]
@@ -160,7 +160,7 @@ def _parquet(run: Run, part: Path, selection: Selection) -> int:
 
 
 def _end(array: Any, rows: slice) -> int:
-    """Where the last shard of these rows ends."""
+    """Return where the last shard of these rows ends."""
     grain = (array.shards or array.chunks)[1]
     return -(-rows.stop // grain) * grain
 

@@ -192,7 +192,7 @@ class Manifest(ExpectedFiles):
 
     @cached_property
     def _has_totals(self) -> bool:
-        """Whether the run has totals: a finished one that was captured before there were any has none."""
+        """Return whether the run has totals: a finished one that was captured before there were any has none."""
         return any(key.startswith("totals/") for key in self.of(COMPLETE)[1])
 
     def _listed(self, manifest: str, key: str) -> Entry:

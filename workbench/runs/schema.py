@@ -20,19 +20,14 @@ CHUNK = 1024  # token rows of an inner chunk
 N_EXAMPLES = 16  # of an expert, in each list
 N_NEURON_EXAMPLES = 8  # of a neuron, in each channel
 N_NEURON_RANDOM = 4  # tokens of an expert in each channel, at which the activations of all its neurons are kept
-NEURON_FIELDS = {
-    "activation": ("float16", 0),
-    "sequence": ("int32", -1),
-    "position": ("int32", -1),
-}  # dtype, no example
 N_FEATURE_EXAMPLES = 8  # of a feature of an autoencoder, in each channel and list
-FEATURE_FIELDS = {
-    "activation": ("float32", 0),
-    "sequence": ("int32", -1),
-    "position": ("int32", -1),
-}  # dtype, no example
+EXAMPLE_GROUPS = ("examples/", "neurons/", "features/")  # groups of the store that hold lists of examples
 EXAMPLE_KINDS = ("top", "random")
-EXAMPLE_FIELDS = {"gate": ("float16", 0), "sequence": ("int32", -1), "position": ("int32", -1)}  # dtype, no example
+# arrays of lists of examples: name → dtype, and the value where there is no example
+_TOKEN_OF_EXAMPLE = {"sequence": ("int32", -1), "position": ("int32", -1)}
+EXAMPLE_FIELDS = {"gate": ("float16", 0), **_TOKEN_OF_EXAMPLE}
+NEURON_FIELDS = {"activation": ("float16", 0), **_TOKEN_OF_EXAMPLE}
+FEATURE_FIELDS = {"activation": ("float32", 0), **_TOKEN_OF_EXAMPLE}
 
 
 @dataclass(frozen=True)
@@ -253,7 +248,8 @@ def _from_plain(kind: type[_Fields], values: Mapping[str, Any]) -> _Fields:
         raise InputError(
             f"the run was recorded with {unknown[0]!r}, which this workbench does not have: update the workbench"
         )
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    arguments: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in values.items()}
+    return kind(**arguments)
 
 
 @dataclass(frozen=True)

@@ -169,14 +169,14 @@ def _encode(block: np.ndarray) -> bytes:
 
 
 def _first(grain: tuple[int, ...], start: int, axis: int) -> list[int]:
-    """Key of the shard where rows from `start` begin."""
+    """Return the key of the shard where rows from `start` begin."""
     return [start // grain[axis] if a == axis else 0 for a in range(len(grain))]
 
 
 def _shards(
     shape: tuple[int, ...], grain: tuple[int, ...], first: Sequence[int]
 ) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...]]]:
-    """Key and place of every shard that values of this shape fill."""
+    """Yield the key and the place of every shard that values of this shape fill."""
     counts = [-(-n // g) for n, g in zip(shape, grain, strict=True)]
     for index in product(*map(range, counts)):
         key = tuple(i + offset for i, offset in zip(index, first, strict=True))
@@ -184,7 +184,7 @@ def _shards(
 
 
 def _filled(block: np.ndarray, grain: tuple[int, ...], fill: object, dtype: np.dtype) -> np.ndarray:
-    """The block in the size of a shard, and in the array's dtype."""
+    """Return the block in the size of a shard, and in the array's dtype."""
     if block.shape == tuple(grain):
         return block.astype(dtype, copy=False)
     out = np.full(grain, fill, dtype=dtype)

@@ -94,7 +94,7 @@ def expert_pairs(
 def _sum(
     values: Num[np.ndarray, "layer token d"], cell: Int[np.ndarray, " token"], n_cells: int
 ) -> Num[np.ndarray, "cell layer d"]:
-    """Sums over the tokens of each cell."""
+    """Return sums over the tokens of each cell."""
     order = np.argsort(cell, kind="stable")
     used, starts = np.unique(cell[order], return_index=True)
     out = np.zeros((n_cells, values.shape[0], values.shape[2]))

@@ -54,7 +54,7 @@ class SummedRun(CommittedRun):
         return summary
 
     def _read_array(self, array: zarr.Array) -> np.ndarray:
-        """All rows of a summary; those of units that are not committed are the fill value."""
+        """Return all rows of a summary; those of units that are not committed are the fill value."""
         out = np.full(array.shape, array.fill_value, dtype=array.dtype)
         rows = self.layout.unit_sequences
         name = str(array.path)
@@ -76,7 +76,7 @@ class SummedRun(CommittedRun):
 
     @cached_property
     def _totals(self) -> dict[str, xr.DataArray]:
-        """Totals that were asked for once, if they are small."""
+        """Return totals that were asked for once, if they are small."""
         return {}
 
     @property
@@ -115,7 +115,7 @@ class SummedRun(CommittedRun):
         return xr.DataArray(values, dims=dims, coords=coords, name=name)
 
     def _total_over_the_run(self, name: str, dims: tuple[str, ...], coords: dict[str, Any]) -> xr.DataArray:
-        """A sum that is stored of the whole run alone, computed from the tokens of the sequences that are left."""
+        """Return a sum that is stored of the complete run alone, computed from the tokens of the sequences left."""
         if name not in totals.PER_UNIT:
             raise InputError(
                 f"{name} of {self.path} was summed during capture and cannot be computed without excluded sequences: "

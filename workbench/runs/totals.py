@@ -51,7 +51,7 @@ def total(
 
 
 def _read(array: zarr.Array, units: list[Unit], rows: int) -> Iterator[tuple[Unit, np.ndarray]]:
-    """A unit's rows, in order; some units ahead at a time, so that memory is bounded."""
+    """Yield a unit's rows, in order; some units ahead at a time, so that memory is bounded."""
 
     def read(unit: Unit) -> np.ndarray:
         return np.asarray(array[unit.index * rows : (unit.index + 1) * rows])

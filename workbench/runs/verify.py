@@ -68,13 +68,13 @@ def verify(path: str | Path | Storage, *, workers: int | None = None, recompute:
         return problems
     there = run.storage.files()
     if run.manifest is not None:
-        problems = _in_units(run, layout, workers, lambda unit: list(_listed(run, specs, grains, unit, there)))
+        problems = _in_units(layout, workers, lambda unit: list(_listed(run, specs, grains, unit, there)))
         problems += [*_listed_elsewhere(run, there), *_status(run)]
         if problems or not recompute:
             return problems
     try:
         problems += _tables(run, layout)
-        problems += _in_units(run, layout, workers, lambda unit: _checked(run, specs, grains, unit, layout, there))
+        problems += _in_units(layout, workers, lambda unit: _checked(run, specs, grains, unit, layout, there))
     except Exception as error:  # a damaged table, where checks of units read it
         return [*problems, Problem(str(path), f"cannot be read: {_first_line(error)}")]
     problems += _status(run)
@@ -107,8 +107,8 @@ def other_content(run: Run) -> list[str]:
     return sorted(unknown)
 
 
-def _in_units(run: Run, layout: Layout, workers: int | None, check: Callable[[Unit], list[Problem]]) -> list[Problem]:
-    """Problems of all units, checked in threads."""
+def _in_units(layout: Layout, workers: int | None, check: Callable[[Unit], list[Problem]]) -> list[Problem]:
+    """Return problems of all units, checked in threads."""
     problems: list[Problem] = []
     pool = ThreadPoolExecutor(workers or shards.threads(), thread_name_prefix="verify")
     try:
@@ -122,7 +122,7 @@ def _in_units(run: Run, layout: Layout, workers: int | None, check: Callable[[Un
 
 
 def _listed(run: Run, specs: dict[str, ArraySpec], grains: _Grains, unit: Unit, there: set[str]) -> Iterator[Problem]:
-    """What is wrong with the files of a unit by its manifest."""
+    """Yield what is wrong with the files of a unit by its manifest."""
     where, key = f"unit {unit.index}", manifest.unit_key(unit.index)
     expected = set(files_of_unit(specs, grains, unit))
     if not run.committed[unit.index]:
@@ -143,7 +143,7 @@ def _listed(run: Run, specs: dict[str, ArraySpec], grains: _Grains, unit: Unit, 
 
 
 def _changed(run: Run, where: str, files: Mapping[str, manifest.Entry], there: set[str]) -> Iterator[Problem]:
-    """Files that are missing, or whose content is not what the manifest lists."""
+    """Yield files that are missing, or whose content is not what the manifest lists."""
     for key, entry in files.items():
         if key not in there:
             yield Problem(where, f"{key} is missing")
@@ -158,7 +158,7 @@ def _changed(run: Run, where: str, files: Mapping[str, manifest.Entry], there: s
 
 
 def _listed_elsewhere(run: Run, there: set[str]) -> Iterator[Problem]:
-    """What is wrong with tables, metadata and totals by their manifests."""
+    """Yield what is wrong with tables, metadata and totals by their manifests."""
     for key in (manifest.CREATED, *([manifest.COMPLETE] if run.status == "complete" else [])):
         try:
             files = manifest.read(run.storage, key)[1]
@@ -169,7 +169,7 @@ def _listed_elsewhere(run: Run, there: set[str]) -> Iterator[Problem]:
 
 
 def _totals(run: Run) -> Iterator[Problem]:
-    """Totals of a finished run are sums of what its units hold; runs of schema 1 have none."""
+    """Yield totals of a finished run that are not the sums of what its units hold; runs of schema 1 have none."""
     if "totals" not in run.group:
         return
     summed = Run(run.storage, open_group(run.storage))
@@ -187,7 +187,7 @@ def _totals(run: Run) -> Iterator[Problem]:
 def _checked(
     run: Run, specs: dict[str, ArraySpec], grains: _Grains, unit: Unit, layout: Layout, there: set[str]
 ) -> list[Problem]:
-    """What is wrong with a unit, the files of the run being `there`."""
+    """Return what is wrong with a unit, the files of the run being `there`."""
     where = f"unit {unit.index}"
     missing = [key for key in files_of_unit(specs, grains, unit) if key not in there]
     if not run.committed[unit.index]:
@@ -244,7 +244,7 @@ def _structure(run: Run, specs: dict[str, ArraySpec], grains: dict[str, tuple[in
 
 
 def _columns(run: Run) -> Iterator[Problem]:
-    """Columns that a table lists and does not have as arrays."""
+    """Yield columns that a table lists and does not have as arrays."""
     for name in ("sequences", "messages"):
         try:
             table = run.group[name]
@@ -293,14 +293,14 @@ def files_of_unit(specs: dict[str, ArraySpec], grains: _Grains, unit: Unit) -> I
 
 
 def _place(spec: ArraySpec, unit: Unit) -> slice:
-    """A unit's rows along the axis that units divide."""
+    """Return a unit's rows along the axis that units divide."""
     if "token" in spec.dims:
         return slice(unit.start, unit.start + unit.capacity)
     return slice(unit.index * spec.per_unit, (unit.index + 1) * spec.per_unit)
 
 
 def _unit(run: Run, specs: dict[str, ArraySpec], unit: Unit, layout: Layout) -> Iterator[str]:
-    """What is wrong inside a committed unit."""
+    """Yield what is wrong inside a committed unit."""
     values: dict[str, np.ndarray] = {}
     for name, spec in specs.items():
         own = _place(spec, unit)

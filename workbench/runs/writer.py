@@ -25,7 +25,7 @@ from workbench.runs import manifest, shards, views
 from workbench.runs.group import open_group
 from workbench.runs.lock import Lock
 from workbench.runs.reader import open_run
-from workbench.runs.schema import MANIFESTS, SCHEMA, Activation, ArraySpec, Layout, Spec, Unit, arrays
+from workbench.runs.schema import EXAMPLE_GROUPS, MANIFESTS, SCHEMA, Activation, ArraySpec, Layout, Spec, Unit, arrays
 from workbench.runs.storage import ROOT, LocalStorage, ObjectStorage, Storage, storage_at
 
 _STORED_AS = {
@@ -122,7 +122,7 @@ def open_writer(
 
 
 def _is_there(target: Storage) -> bool:
-    """Whether something is at the target; in an object store, whether its creation was completed."""
+    """Return whether something is at the target; in an object store, whether its creation was completed."""
     return target.exists(ROOT) if isinstance(target, ObjectStorage) else target.exists()
 
 
@@ -134,7 +134,7 @@ def _create(
     messages: pd.DataFrame,
     spec: Spec,
 ) -> None:
-    """The whole store, empty of tokens."""
+    """Create the store, with its tables and with arrays that hold no tokens."""
     with _disk_errors(target), target.new() as staging:
         group = zarr.create_group(str(staging), attributes=attributes)
         offsets = {"offset": layout.offsets, "length": layout.lengths}
@@ -231,9 +231,8 @@ class RunWriter:
     def __enter__(self) -> "RunWriter":
         self._lock.acquire()
         for key in self.storage.files():
-            if key.endswith(".partial") and key.startswith(
-                _OWN
-            ):  # zarr's own, of a flag or an attribute, when a job was killed at it
+            # zarr's own, of a flag or an attribute, when a job was killed at it
+            if key.endswith(".partial") and key.startswith(_OWN):
                 self.storage.delete(key)
         return self
 
@@ -259,10 +258,7 @@ class RunWriter:
         self._check(unit, records)
         stored = {f"tokens/{name}": values for name, values in tokens.items()}
         stored |= {_STORED_AS.get(name, name): values for name, values in records.items()}
-        stored |= {
-            n if n.startswith(("examples/", "neurons/", "features/")) else f"summaries/{n}": values
-            for n, values in summaries.items()
-        }
+        stored |= {n if n.startswith(EXAMPLE_GROUPS) else f"summaries/{n}": values for n, values in summaries.items()}
         if not self._spec.sinks:
             stored.pop("attention/sink", None)  # only its sums are kept
         stored["summaries/sequence"] = np.array(unit.sequences, dtype=np.int32)
@@ -287,9 +283,9 @@ class RunWriter:
         values: np.ndarray | None,
         listed: dict[str, manifest.Entry],
     ) -> Iterator[Callable[[], None]]:
-        """Whole shards of an array, a unit's rows in them and the fill value after them; chunks of nothing else too.
+        """Return calls that write the unit's shards of an array; rows after the unit's own have the fill value.
 
-        A file that is not there is then damage.
+        Chunks that hold the fill value only are written, too, so that a missing file is always damage.
         """
         start = unit.index if array.dims[0] == "unit" else unit.index * array.per_unit
         if values is None:
@@ -319,7 +315,7 @@ class RunWriter:
 
     @cached_property
     def _absent_experts(self) -> Bool[np.ndarray, "layer token expert"]:
-        """Where a layer has no expert of this number, as in models whose layers differ: NaN is right there."""
+        """Return where a layer has no expert of this number, as in models whose layers differ: NaN is right there."""
         model = self.group.attrs["model"]
         own = model.get("layer_experts") or [model["num_experts"]] * model["n_layers"]
         return np.arange(model["num_experts"]) >= np.array(own)[:, None, None]
@@ -373,7 +369,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def _disk_errors(storage: Storage) -> Iterator[None]:
-    """A full disk, a quota or a limit of file sizes is the job's failure, with what to do."""
+    """Raise a JobError that names the remedy where a disk is full, or a quota or a limit of file sizes is reached."""
     try:
         yield
     except OSError as error:

@@ -80,7 +80,7 @@ def _name_duplicates(datasets: "dict[str, xr.Dataset]", *runs: "Run") -> None:
 
 
 def _independent_prompts(run: "Run") -> int:
-    """The number of prompts of a run, duplicates counted once."""
+    """Return the number of prompts of a run, duplicates counted once."""
     from workbench.studies.run_index import TokenRun, index_of, merged_prompts
 
     number = index_of(run).prompts[0] if isinstance(run, TokenRun) else merged_prompts(run, run.summary("tokens"))[0]

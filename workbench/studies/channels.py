@@ -326,7 +326,7 @@ def exchange_prompts(prompt: Int[np.ndarray, " token"], rng: np.random.Generator
 
 
 def _hsic_of_grams(k: Float[np.ndarray, "token token_2"], m: Float[np.ndarray, "token token_2"]) -> float:
-    """Unbiased HSIC of two Gram matrices whose diagonals are zero."""
+    """Return unbiased HSIC of two Gram matrices whose diagonals are zero."""
     n = len(k)
     rows_k, rows_m = k.sum(1), m.sum(1)
     total = rows_k.sum() * rows_m.sum() / ((n - 1) * (n - 2))
@@ -334,7 +334,7 @@ def _hsic_of_grams(k: Float[np.ndarray, "token token_2"], m: Float[np.ndarray, "
 
 
 def _hsic(x: np.ndarray, y: np.ndarray) -> float:
-    """Unbiased HSIC of linear kernels (Song et al. 2012), by products of features so that no n × n matrix is made."""
+    """Return unbiased HSIC of linear kernels (Song et al. 2012) from products of features, with no n × n matrix."""
     x, y = x.astype(np.float64), y.astype(np.float64)
     n = len(x)
     dx, dy = (x**2).sum(1), (y**2).sum(1)

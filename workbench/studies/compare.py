@@ -51,8 +51,6 @@ DEFINITIONS = {
         ci=_CI,
         null="k/E",
     ),
-    "agreement_low": Definition("agreement, lower limit", "1", "lower limit", ci=_CI),
-    "agreement_high": Definition("agreement, upper limit", "1", "upper limit", ci=_CI),
     "beyond_load": Definition(
         "agreement beyond load",
         "1",

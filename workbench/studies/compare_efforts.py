@@ -12,11 +12,10 @@ from jaxtyping import Float, Int
 
 from workbench.harmony.labels import CHANNELS
 from workbench.studies.comparison import in_order
-from workbench.studies.difference_tests import ALPHA
 from workbench.studies.intervals import MIN_PROMPTS, mean_of_prompts, mean_test, within_bounds
 from workbench.studies.matching import prompt_means
-from workbench.studies.result import Definition
-from workbench.studies.statistics import false_discovery
+from workbench.studies.result import Definition, Variables
+from workbench.studies.statistics import ALPHA, false_discovery
 from workbench.studies.wording import wording
 
 _CI = "95 %, Student's t over prompts corrected for skewness"
@@ -42,7 +41,6 @@ DEFINITIONS = dict(_definitions())
 
 # sums over the tokens [sequence channel …] and how many there are [sequence channel]
 Sums = tuple[Float[np.ndarray, "sequence channel *cells"], Float[np.ndarray, "sequence channel"]]
-Variables = dict[str, tuple[tuple[str, ...], np.ndarray]]
 
 
 def variables(

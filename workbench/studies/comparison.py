@@ -19,9 +19,9 @@ from jaxtyping import Bool, Float, Int, Integer, Num
 
 from workbench.counting import count_of
 from workbench.errors import InputError
+from workbench.harmony.messages import EFFORTS
 from workbench.studies.statistics import share
 
-EFFORTS = ("low", "medium", "high")
 # sequences that state no effort (or no task) are still data
 UNSTATED = "unstated"
 

@@ -23,7 +23,7 @@ from workbench.runs import Run
 from workbench.runs.schema import Activation
 from workbench.studies import token_labels
 from workbench.studies.contrast_summary import UNPAIRED, describe
-from workbench.studies.difference_tests import ALPHA, paired_influence, tested_cells, weighted_mean
+from workbench.studies.difference_tests import paired_influence, tested_cells, weighted_mean
 from workbench.studies.intervals import MIN_PROMPTS
 from workbench.studies.layer_experts import layer_experts
 from workbench.studies.matching import (
@@ -51,6 +51,7 @@ from workbench.studies.run_index import (
     reads,
     token_blocks,
 )
+from workbench.studies.statistics import ALPHA
 
 __all__ = ["Between", "Plan", "contrast", "contrasts", "describe", "run_contrasts", "uncomparable"]
 
@@ -219,7 +220,7 @@ def uncomparable(run: TokenRun, what: str, plans: Mapping[str, Plan]) -> dict[st
 
 
 def _dense(what: str, block: Block, at: np.ndarray, group: np.ndarray, n: int) -> np.ndarray:
-    """Sums of values [token] or [layer, token, column] over groups of tokens: [group] or [group, layer, column]."""
+    """Return sums of values [token] or [layer, token, column] over groups: [group] or [group, layer, column]."""
     values = block[what]
     if values.ndim == 1:
         return np.bincount(group, values[at].astype(np.float64), n)
@@ -283,7 +284,7 @@ Sums = tuple[Float[np.ndarray, "prompt *cells"], Float[np.ndarray, "prompt *cell
 def _prompt_sums(
     index: RunIndex, measure: Measure, matchings: Mapping[tuple[str, Control], Matching]
 ) -> dict[tuple[str, Control], Sums]:
-    """Every prompt's difference, mean of side a and mean of side b, in each comparison."""
+    """Return every prompt's difference, mean of side a and mean of side b, in each comparison."""
     sums_of: dict[tuple[str, Control], Sums] = {}
     for kind in ("position", "token"):
         own = {key: m for key, m in matchings.items() if (key[1] == "token") == (kind == "token")}
@@ -307,7 +308,7 @@ def _prompt_sums(
 def _cell_sums(
     index: RunIndex, measure: Measure, kind: Control, used: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Sums over the tokens of the cells that are used, some cells at a time: cell numbers [local], sums [local, …]."""
+    """Yield cell numbers [local] and sums [local, …] over the tokens of the cells that are used, some at a time."""
     cells = index.cells(kind, measure.finite)
     if not used.any():
         return
@@ -370,7 +371,7 @@ def _result(
     study: str,
     seed: int,
 ) -> xr.Dataset:
-    """The comparison as a dataset, with its summary."""
+    """Return the comparison as a dataset, with its summary."""
     cells = ("control", *measure.dims)
     layers = {"size", "noise"}
     of_cells = {"mean_a", "mean_b", "difference", "low", "high", "p", "q", "different", "bound"}

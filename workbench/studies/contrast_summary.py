@@ -39,7 +39,7 @@ def describe(result: xr.Dataset) -> str:
 
 
 def _describe_control(cell: xr.Dataset, control: str, attrs: Mapping[str, Any]) -> list[str]:
-    """The lines of one control."""
+    """Return the lines of one control."""
     paired = bool(attrs["paired"])
     label = _LABELS[control] if paired else "Between prompts"
     n = int(cell["prompts"])

@@ -15,9 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from workbench.studies.intervals import MIN_PROMPTS, mean_test
-from workbench.studies.statistics import false_discovery
-
-ALPHA = 0.05
+from workbench.studies.statistics import ALPHA, false_discovery
 
 
 def paired_test(

@@ -38,10 +38,9 @@ from workbench.studies.resampling import (
 )
 from workbench.studies.result import Definition, dataset, provenance
 from workbench.studies.run_index import duplicates_warning, merged_prompts
-from workbench.studies.statistics import Array, false_discovery, jensen_shannon
+from workbench.studies.statistics import ALPHA, Array, false_discovery, jensen_shannon
 from workbench.studies.wording import wording
 
-ALPHA = 0.05
 # one changed expert among gpt-oss-20b's 768 cells can reach q < 0.05
 N_PERMUTATIONS = 20_000
 N_BOOT = 1_000
@@ -60,16 +59,12 @@ DEFINITIONS = {
     "null_low": Definition("null band, lower edge", "bit", "2.5th percentile of jsd over the permutations", null=_NULL),
     "null_high": Definition("null band, upper edge", "bit", "97.5th percentile of jsd over permutations", null=_NULL),
     "excess": Definition("excess divergence", "bit", "jsd − null_mean: below 0 means less than chance", ci=_SHIFTED),
-    "excess_low": Definition("excess divergence, lower limit", "bit", "lower limit of excess", ci=_SHIFTED),
-    "excess_high": Definition("excess divergence, upper limit", "bit", "upper limit of excess", ci=_SHIFTED),
     "p": Definition("p of the layer", "1", "permutation test of the squared distance of mean loads", null=_NULL),
     "q": Definition("q of the layer", "1", "Benjamini–Hochberg over the layers of this comparison", null=_NULL),
     "different": Definition("routes differently", "1", f"q < {ALPHA} and the interval of the excess lies above zero"),
     "share_a": Definition("load share in a", "1", _SHARE),
     "share_b": Definition("load share in b", "1", _SHARE),
     "difference": Definition("difference of load share", "1", "share_a − share_b: risk difference over k"),
-    "difference_low": Definition("difference, lower limit", "1", "lower limit of difference"),
-    "difference_high": Definition("difference, upper limit", "1", "upper limit of difference"),
     "difference_p": Definition("p of the expert", "1", _T, null="no difference of mean shares"),
     "difference_q": Definition("q of the expert", "1", _FAMILY, null="no difference of mean shares"),
     "difference_p_family": Definition(
@@ -170,7 +165,7 @@ def divergence(
 def _by_layer(
     comparison: Comparison, n_boot: int, n_permutations: int, rng: np.random.Generator, interval: DifferenceInterval
 ) -> dict[str, np.ndarray]:
-    """Every layer with the same resamples and permutations, then the corrections for looking at many of them."""
+    """Return every layer with the same resamples and permutations, then the corrections for looking at many of them."""
     n_a, n_b = comparison.a.n_prompts, comparison.b.n_prompts
     design = (
         Paired(n_a, n_permutations, n_boot, rng)

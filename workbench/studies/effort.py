@@ -21,13 +21,14 @@ from jaxtyping import Float
 from workbench.counting import count_of, signed, signed_interval
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
+from workbench.harmony.messages import EFFORTS
 from workbench.registry import Study
-from workbench.studies.comparison import EFFORTS, Run
+from workbench.studies.comparison import Run
 from workbench.studies.contrast import Plan, contrasts, uncomparable
 from workbench.studies.intervals import MIN_PROMPTS, mean_test, ratio, ratio_test, share_change, share_of_answers
 from workbench.studies.result import Definition, dataset, provenance
 from workbench.studies.run_index import TokenRun, merged_prompts
-from workbench.studies.statistics import false_discovery
+from workbench.studies.statistics import ALPHA, false_discovery
 
 STUDY = Study(
     name="effort",
@@ -39,43 +40,30 @@ STUDY = Study(
     page="effort",
     order=40,
 )
-ALPHA = 0.05
 _CI = "95 %, delete-one jackknife over prompts, corrected for skewness"
 _GAIN = "95 %, Student's t over prompts with two pseudo-prompts (Agresti & Min)"
 _ROBUST = "95 %, robust, corrected for few prompts (Mancl & DeRouen)"
 _WILSON = "95 %, Wilson, with the sample size that the variance between prompts implies"
 DEFINITIONS = {
     "analysis_tokens": Definition("analysis tokens", "tokens", "mean over sequences of the tokens of analysis", ci=_CI),
-    "analysis_tokens_low": Definition("analysis tokens, lower limit", "tokens", "lower limit", ci=_CI),
-    "analysis_tokens_high": Definition("analysis tokens, upper limit", "tokens", "upper limit", ci=_CI),
     "accuracy": Definition("accuracy", "1", "mean over prompts of their share of right answers", ci=_WILSON),
-    "accuracy_low": Definition("accuracy, lower limit", "1", "lower limit; within [0, 1]", ci=_WILSON),
-    "accuracy_high": Definition("accuracy, upper limit", "1", "upper limit; within [0, 1]", ci=_WILSON),
     "sequences": Definition("sequences", "sequences", "sequences of the cell"),
     "more_tokens": Definition(
         "more analysis tokens", "tokens", "paired by prompt: mean of the second less the first", ci=_CI
     ),
-    "more_tokens_low": Definition("more analysis tokens, lower limit", "tokens", "lower limit", ci=_CI),
-    "more_tokens_high": Definition("more analysis tokens, upper limit", "tokens", "upper limit", ci=_CI),
     "gain": Definition("gain of accuracy", "1", "paired by prompt: mean of the second less the first", ci=_GAIN),
     "gain_p": Definition("p of the gain", "1", "two-sided, over prompts; missing: cannot be tested", null="no gain"),
     "gain_q": Definition("q of the gain", "1", "Benjamini–Hochberg over all tasks and steps"),
     "gain_different": Definition("accuracy changes", "1", f"q < {ALPHA} and the interval excludes zero"),
-    "gain_low": Definition("gain of accuracy, lower limit", "1", "lower limit", ci=_GAIN),
-    "gain_high": Definition("gain of accuracy, upper limit", "1", "upper limit", ci=_GAIN),
     "gain_per_100": Definition(
         "gain per 100 tokens", "1", "gain over more tokens, times 100: a ratio of means", ci=_CI
     ),
-    "gain_per_100_low": Definition("gain per 100 tokens, lower limit", "1", "lower limit", ci=_CI),
-    "gain_per_100_high": Definition("gain per 100 tokens, upper limit", "1", "upper limit", ci=_CI),
     "coefficient": Definition(
         "log-odds",
         "1",
         "of a right answer in a logistic GEE with exchangeable errors within a prompt",
         ci=_ROBUST,
     ),
-    "coefficient_low": Definition("log-odds, lower limit", "1", "lower limit", ci=_ROBUST),
-    "coefficient_high": Definition("log-odds, upper limit", "1", "upper limit", ci=_ROBUST),
     "p": Definition("p", "1", "Wald test of the coefficient", null="no effect"),
 }
 METHOD = (
@@ -202,9 +190,8 @@ def cost(run: Run, table: pd.DataFrame, efforts: list[str], seed: int = 0) -> xr
     efforts_of = table.groupby("prompt_id")["effort"].nunique()
     if lacking := int((efforts_of < len(efforts)).sum()):
         lines.append(
-            f"Unpaired: {lacking} of {count_of(len(efforts_of), 'prompt')} lack an effort, so that these "
-            f"means are of different "
-            "prompts; the gains below are taken within prompts that have both efforts."
+            f"Unpaired: {lacking} of {count_of(len(efforts_of), 'prompt')} lack an effort, so that these means are of "
+            "different prompts; the gains below are taken within prompts that have both efforts."
         )
     result.attrs |= {"method": METHOD, "not_controlled": NOT_CONTROLLED, "summary": "\n".join(lines)}
     return result

@@ -11,9 +11,8 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 import xarray as xr
 
-from workbench.studies.statistics import false_discovery
+from workbench.studies.statistics import ALPHA, false_discovery
 
-ALPHA = 0.05
 _VERDICTS = {"": "different", "difference": "expert_different"}  # of q and difference_q; of another q, NAME_different
 
 

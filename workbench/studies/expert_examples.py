@@ -20,14 +20,14 @@ import xarray as xr
 from jaxtyping import Bool, Float, Int
 
 from workbench.errors import InputError
-from workbench.harmony.labels import CHANNELS
+from workbench.harmony.labels import CHANNELS, FRAME
 from workbench.registry import Study
 from workbench.runs import conversations, examples
 from workbench.runs.schema import EXAMPLE_KINDS
 from workbench.studies.expert_labels import read as read_labels
 from workbench.studies.expert_labels import with_labels
 from workbench.studies.intervals import MIN_PROMPTS, test_of_moments
-from workbench.studies.result import Definition, dataset, provenance
+from workbench.studies.result import Definition, Variables, dataset, provenance
 from workbench.studies.run_index import independent_prompts
 
 STUDY = Study(
@@ -44,8 +44,6 @@ BEFORE, AFTER = 12, 4  # tokens of context
 N_TOKENS = 5  # over-represented tokens of an expert
 N_PARTNERS = 3
 MIN_COUNT = 20  # occurrences of a token in the half in which it is chosen
-Variables = dict[str, tuple[tuple[str, ...], np.ndarray]]  # name → dimensions and values
-_FRAME = CHANNELS.index("frame")
 _CI = "95 %, delete-one jackknife over the prompts of the other half, Student's t corrected for skewness"
 _CI_SCORE = "95 %, Wilson, over texts"
 _CI_ALL = "95 %, delete-one jackknife over prompts, Student's t corrected for skewness"
@@ -71,13 +69,9 @@ DEFINITIONS = {
         "log of the odds that the token is routed to the expert over the odds of other tokens, half a count added",
         ci=_CI,
     ),
-    "token_log_odds_low": Definition("log-odds, lower limit", "nat", "lower limit of token_log_odds", ci=_CI),
-    "token_log_odds_high": Definition("log-odds, upper limit", "nat", "upper limit of token_log_odds", ci=_CI),
     "token_count": Definition("occurrences", "tokens", "occurrences of the token in the half that is measured"),
     "token_prompts": Definition("prompts", "prompts", "prompts of that half in which it occurs"),
     "position": Definition("mean position", "tokens", "mean position of the expert's tokens", ci=_CI_ALL),
-    "position_low": Definition("mean position, lower limit", "tokens", "lower limit of position", ci=_CI_ALL),
-    "position_high": Definition("mean position, upper limit", "tokens", "upper limit of position", ci=_CI_ALL),
     "tokens": Definition("tokens", "tokens", "tokens that were routed to the expert, by channel"),
     "channel_lift": Definition("load in the channel", "× all", "share of the channel's slots over that of all content"),
     "partner": Definition("co-activated expert", "1", "experts with the largest lift; −1: none"),
@@ -90,8 +84,6 @@ DEFINITIONS = {
         "right answers on held-out texts of a proposed label; 0.5 is chance",
         ci=_CI_SCORE,
     ),
-    "label_score_low": Definition("detection score, lower limit", "1", "lower limit of label_score", ci=_CI_SCORE),
-    "label_score_high": Definition("detection score, upper limit", "1", "upper limit of label_score", ci=_CI_SCORE),
     "automatic_label": Definition("automatic label", "text", "over-represented tokens, channel and position"),
 }
 METHOD = (
@@ -198,7 +190,7 @@ def _tokens_and_positions(run: Any, tokenizer: Any, seed: int) -> Variables:
     blocks = _Content(run, number)
     vocabulary = np.unique(np.concatenate([np.unique(block["id"]) for block in blocks]))
     chosen = _chosen_tokens(run, blocks, vocabulary, choosing)
-    counts = _counted(run, blocks, vocabulary, chosen, n_prompts)
+    counts = _counted(blocks, vocabulary, chosen, n_prompts)
     log_odds, low, high, prompts = _log_odds_interval(counts, ~choosing)
     none = chosen < 0
     ids = np.where(none, -1, vocabulary[np.maximum(chosen, 0)])
@@ -230,7 +222,7 @@ class _Content:
 
     def __iter__(self) -> Iterator[dict[str, np.ndarray]]:
         for block in self._run.blocks("experts", "id"):
-            content = block["channel"] != _FRAME
+            content = block["channel"] != FRAME
             selected = {name: block[name][content] for name in ("id", "position")}
             prompt = self._prompt[block["sequence"][content]]
             yield selected | {"prompt": prompt, "experts": block["experts"][:, content].astype(np.int64)}
@@ -275,7 +267,6 @@ def _log_odds(
 
 
 def _counted(
-    run: Any,
     blocks: _Content,
     vocabulary: Int[np.ndarray, " word"],
     chosen: Int[np.ndarray, "layer expert rank"],
@@ -355,7 +346,7 @@ def _loads(run: Any, channels: Sequence[int]) -> Variables:
     """Return tokens and the lift of the load [channel layer expert]."""
     counts = run.total("expert_count").sum("group").values.astype(np.float64)
     share = counts / np.maximum(counts.sum(-1, keepdims=True), 1)
-    content = counts[[c for c in range(len(CHANNELS)) if c != _FRAME]].sum(0)
+    content = counts[[c for c in range(len(CHANNELS)) if c != FRAME]].sum(0)
     everything = content / np.maximum(content.sum(-1, keepdims=True), 1)
     lift = np.divide(share, everything, out=np.full(share.shape, np.nan), where=everything > 0)
     dims = ("channel", "layer", "expert")
@@ -364,7 +355,7 @@ def _loads(run: Any, channels: Sequence[int]) -> Variables:
 
 def _partners(run: Any) -> Variables:
     """Return the experts of the largest lift of co-activation [layer expert partner_rank]."""
-    content = [c for c in range(len(CHANNELS)) if c != _FRAME]
+    content = [c for c in range(len(CHANNELS)) if c != FRAME]
     counts = run.summary("coactivation").values[content].sum(0).astype(np.float64)
     tokens = float(run.summary("tokens").sum("sequence").values[content].sum())
     single = np.diagonal(counts, axis1=-2, axis2=-1)

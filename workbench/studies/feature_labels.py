@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from workbench.errors import InputError
-from workbench.harmony.labels import CHANNELS
+from workbench.harmony.labels import CHANNELS, FRAME
 from workbench.outputs import staged
 from workbench.runs import conversations, feature_examples
 from workbench.studies import token_labels
@@ -25,7 +25,6 @@ from workbench.studies.label_files import cleaned, objects, path_beside
 
 TOKENS = 3  # of an automatic label
 _PLACES = 8  # strongest tokens of a feature, among which are those of its label
-_FRAME = CHANNELS.index("frame")
 _TYPES = {"name": str, "layer": int, "feature": int, "label": str}
 _EXAMPLE = '{"name": "…", "layer": 2, "feature": 7, "label": "…"}'
 Labels = dict[tuple[str, int, int], str]
@@ -55,7 +54,7 @@ def automatic(run: Any, name: str, index: int = 0, *, most: int = 300_000, token
 def _listed_tokens(run: Any, name: str) -> Int[np.ndarray, "feature place"]:
     """Return the ids of the strongest tokens of content of each feature, the strongest first; −1: none."""
     lists = feature_examples.of_run(run, name)
-    content = [c for c in range(len(CHANNELS)) if c != _FRAME]
+    content = [c for c in range(len(CHANNELS)) if c != FRAME]
     flat = {
         part: np.moveaxis(lists[f"top_{part}"][content], 0, 1).reshape(lists["top_activation"].shape[1], -1)
         for part in ("activation", "sequence", "position")
@@ -74,7 +73,7 @@ def _recorded_tokens(run: Any, name: str, index: int, most: int) -> Int[np.ndarr
     ids: Int[np.ndarray, "feature place"] | None = None
     seen = 0
     for labels, block in token_labels.blocks(run, token_labels.recorded(run, name), index):
-        own = np.nan_to_num(block).T * (labels["channel"].to_numpy() != _FRAME)
+        own = np.nan_to_num(block).T * (labels["channel"].to_numpy() != FRAME)
         order = np.argsort(-own, axis=1, kind="stable")[:, :_PLACES]
         top, tokens = np.take_along_axis(own, order, 1), labels["id"].to_numpy()[order]
         values = top if values is None else np.concatenate([values, top], 1)

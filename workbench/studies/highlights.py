@@ -109,7 +109,7 @@ def is_comparison(ds: xr.Dataset) -> bool:
 
 
 def _strongest(study: str, name: str, ds: xr.Dataset) -> Highlight | None:
-    """The strongest verified difference of a comparison, None if it has none."""
+    """Return the strongest verified difference of a comparison, None if it has none."""
     if not int(ds.attrs.get("paired", 0)) or "none" not in ds["control"].values:
         return None
     plain = ds.sel(control="none")
@@ -134,12 +134,12 @@ def _strongest(study: str, name: str, ds: xr.Dataset) -> Highlight | None:
 
 
 def _nearest(cells: xr.Dataset) -> np.ndarray:
-    """The distance from zero of the nearer limit of each interval."""
+    """Return the distance from zero of the nearer limit of each interval."""
     return np.minimum(np.abs(cells["low"].values), np.abs(cells["high"].values))
 
 
 def _level(cells: xr.Dataset) -> np.ndarray:
-    """The mean of the quantity over the cells of each layer and both sides, in the shape of the cells."""
+    """Return the mean of the quantity over the cells of each layer and both sides, in the shape of the cells."""
     level = (np.abs(cells["mean_a"].values) + np.abs(cells["mean_b"].values)) / 2
     return np.broadcast_to(level.mean(-1, keepdims=True), level.shape) if level.ndim > 1 else level
 

@@ -229,13 +229,13 @@ def _present(prompt: np.ndarray, take: np.ndarray, n_prompts: int) -> Bool[np.nd
 
 
 def _has_both(group: Int[np.ndarray, " cell"], side: Int[np.ndarray, " cell"]) -> Bool[np.ndarray, " group"]:
-    """Which groups have a cell on either side."""
+    """Return which groups have a cell on either side."""
     size = int(group.max(initial=-1)) + 1
     return np.logical_and(*(np.bincount(group[side == s], minlength=size) > 0 for s in (0, 1)))
 
 
 def _means(cells: Cells, side: np.ndarray, prompt: np.ndarray, take: np.ndarray) -> Float[np.ndarray, " cell"]:
-    """Weights of tokens in means over the tokens of a sequence and side, then over a prompt's sequences; −: side b."""
+    """Return weights of tokens in means over a sequence and side, then a prompt's sequences; −: side b."""
     out = np.zeros(len(cells.code))
     for s, sign in ((0, 1), (1, -1)):
         at = np.flatnonzero(take & (side == s))
@@ -270,7 +270,7 @@ def _stratified(
 def _adjusted(
     cells: Cells, side: np.ndarray, prompt: np.ndarray, take: np.ndarray, n_prompts: int
 ) -> tuple[Float[np.ndarray, " cell"], Float[np.ndarray, " prompt"]]:
-    """Weights of the side's coefficient in a least-squares fit of each prompt on side, sequence and stratum.
+    """Return weights of the side's coefficient in a least-squares fit of each prompt on side, sequence and stratum.
 
     No token of a sequence shares its position with another, so sides are compared across a prompt's sequences, less
     what the sequences (their efforts) and the strata of position differ by on the other side.

@@ -19,7 +19,7 @@ from jaxtyping import Bool, Float, Int
 from workbench.studies.difference_tests import paired_test
 from workbench.studies.intervals import within_bounds
 from workbench.studies.probes import bigrams, control_labels, position_bins
-from workbench.studies.result import Definition
+from workbench.studies.result import Definition, Variables
 
 FOLDS = 5
 GROUPS = 20
@@ -27,11 +27,7 @@ _PENALTY = 0.1  # of the probe, times the number of rows
 CI = f"95 %, delete-a-group jackknife over at most {GROUPS} groups of prompts, Student's t"
 AUC_DEFINITIONS = {
     "auc": Definition("AUC", "1", "held out by prompt; several labels: mean over one against the rest", ci=CI),
-    "auc_low": Definition("AUC, lower limit", "1", "lower limit of auc", ci=CI),
-    "auc_high": Definition("AUC, upper limit", "1", "upper limit of auc", ci=CI),
     "beyond_words": Definition("AUC beyond the best baseline", "1", "AUC less that of the best baseline", ci=CI),
-    "beyond_words_low": Definition("AUC beyond the best baseline, lower limit", "1", "lower limit", ci=CI),
-    "beyond_words_high": Definition("AUC beyond the best baseline, upper limit", "1", "upper limit", ci=CI),
     "p": Definition("p", "1", "AUC is that of the best baseline, two-sided, Student's t", null="0"),
 }
 # an AUC, and the AUC without each group of prompts
@@ -158,9 +154,6 @@ def pseudo_values(values: Values) -> Float[np.ndarray, " group"]:
     estimate, without = values
     n = len(without)
     return np.asarray(estimate - (n - 1) * (without - without.mean()))
-
-
-Variables = dict[str, tuple[tuple[str, ...], np.ndarray]]
 
 
 def auc_variables(dims: tuple[str, ...], pseudo: Float[np.ndarray, "group *cells"]) -> Variables:

@@ -64,8 +64,6 @@ DEFINITIONS = {
     "control": Definition("AUC of the control task", "1", "a random label for each prompt"),
     "baseline": Definition("AUC of a baseline", "1", "prediction from tokens and positions, without activations"),
     "gain": Definition("AUC gained since the start", "1", "AUC less that before the analysis, same layer", ci=CI),
-    "gain_low": Definition("AUC gained, lower limit", "1", "lower limit of gain", ci=CI),
-    "gain_high": Definition("AUC gained, upper limit", "1", "upper limit of gain", ci=CI),
     "q": Definition("q", "1", "Benjamini–Hochberg over layers and points"),
     "onset": Definition("onset", "1", "share of the analysis from which on every point is beyond the best baseline"),
 }

@@ -205,6 +205,6 @@ class Independent:
 
 
 def _blocks(matrix: np.ndarray) -> Iterator[Float[np.ndarray, "block unit"]]:
-    """Rows as float64, a bounded number at a time: they are stored as single bytes."""
+    """Yield rows as float64, a bounded number at a time: they are stored as single bytes."""
     for start in range(0, len(matrix), BLOCK):
         yield matrix[start : start + BLOCK].astype(np.float64)

@@ -22,6 +22,7 @@ from workbench.outputs import write_files
 from workbench.studies.intervals import MIN_PROMPTS, few_prompts
 from workbench.version import version
 
+Variables = dict[str, tuple[tuple[str, ...], np.ndarray]]  # name → dimensions and values
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
@@ -46,9 +47,23 @@ def dataset(
     definitions: Mapping[str, Definition],
     attrs: Mapping[str, Any],
 ) -> xr.Dataset:
-    """Return a dataset of variables, name → (dims, values [*dims]), with their definitions; each must have one."""
-    data = {name: (dims, values, definitions[name].attrs()) for name, (dims, values) in variables.items()}
+    """Return a dataset of variables, name → (dims, values [*dims]), with their definitions.
+
+    Every variable has a definition, but for the limits of an interval: those of `load` are called `load_low` and
+    `load_high` and are described by the definition of `load`.
+    """
+    data = {name: (dims, values, _definition(name, definitions).attrs()) for name, (dims, values) in variables.items()}
     return xr.Dataset(data, coords=dict(coords), attrs=dict(attrs))
+
+
+def _definition(name: str, definitions: Mapping[str, Definition]) -> Definition:
+    """Return the definition of a variable, or that of a limit of another variable's interval."""
+    of, _, end = name.rpartition("_")
+    if name in definitions or of not in definitions or end not in ("low", "high"):
+        return definitions[name]
+    limit = "lower limit" if end == "low" else "upper limit"
+    value = definitions[of]
+    return Definition(f"{value.long_name}, {limit}", value.units, f"{limit} of {of}", ci=value.ci)
 
 
 def provenance(study: str, title: str, digest: str, seed: int, parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,7 +205,7 @@ def _numbers(value: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Nested dicts and lists that JSON can hold; NaN becomes null."""
+    """Return nested dicts and lists that JSON can hold; NaN becomes null."""
     if isinstance(value, dict):
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -43,11 +43,7 @@ FOLDS = 5
 _CI = "95 %, Student's t over prompts, corrected for skewness"
 DEFINITIONS = {
     "recall": Definition("recall of experts", "1", "|predicted k ∩ chosen k| / k, mean over prompts' means", ci=_CI),
-    "recall_low": Definition("recall, lower limit", "1", "lower limit of recall", ci=_CI),
-    "recall_high": Definition("recall, upper limit", "1", "upper limit of recall", ci=_CI),
     "beyond_bigram": Definition("recall beyond the bigram's", "1", "recall less that of the bigram, paired", ci=_CI),
-    "beyond_bigram_low": Definition("recall beyond the bigram's, lower limit", "1", "lower limit", ci=_CI),
-    "beyond_bigram_high": Definition("recall beyond the bigram's, upper limit", "1", "upper limit", ci=_CI),
     "q": Definition("q", "1", "Benjamini–Hochberg over layers and predictors: recall is that of the bigram", null="0"),
 }
 METHOD = (

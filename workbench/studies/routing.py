@@ -15,10 +15,10 @@ import xarray as xr
 from jaxtyping import Float, Int, Num
 
 from workbench.counting import count_of
+from workbench.harmony.messages import EFFORTS
 from workbench.registry import Study
 from workbench.studies import statistics
 from workbench.studies.comparison import (
-    EFFORTS,
     Between,
     Run,
     axes,
@@ -90,10 +90,10 @@ DEFINITIONS = {
 }
 
 METHOD = (
-    "Load is pooled over the tokens of a cell; its sampling unit is the prompt. Cells with no token are missing. "
-    "E is the number of experts of the layer. "
-    "Intervals need five prompts and are too narrow below about fifty; that of an expert which no prompt used is "
-    "Wilson's of the number of prompts. Whether two cells' intervals overlap is no test; divergence() tests."
+    "Load is pooled over the tokens of a cell; its sampling unit is the prompt. Cells with no token are missing. E is "
+    "the number of experts of the layer. Intervals need five prompts and are too narrow below about fifty; that of an "
+    "expert which no prompt used is Wilson's of the number of prompts. Whether two cells' intervals overlap is no "
+    "test; divergence() tests."
 )
 NOT_CONTROLLED = "Cells are not matched on task, position, length or words."
 
@@ -160,7 +160,7 @@ def _describe(
     rng: np.random.Generator,
     interval: IntervalMethod,
 ) -> dict[str, np.ndarray]:
-    """Every measure of one cell, by layer; all missing when it has no token. own: the experts of each layer."""
+    """Return every measure of one cell, by layer; all missing when it has no token. own: the experts of each layer."""
     weights = bootstrap_weights(len(counts), n_boot, rng) if len(counts) >= MIN_PROMPTS else None
     layers = [_describe_layer(counts[:, i, :n], gates[i, :n], weights, interval) for i, n in enumerate(own)]
     widest = counts.shape[-1]
@@ -168,7 +168,7 @@ def _describe(
 
 
 def _padded(values: statistics.Array, n: int) -> statistics.Array:
-    """Values by expert with NaN up to n, where a layer has fewer; a value of the layer as it is."""
+    """Return values by expert with NaN up to n, where a layer has fewer; a value of the layer as it is."""
     return values if np.ndim(values) == 0 else np.pad(values, (0, n - len(values)), constant_values=np.nan)
 
 
@@ -178,7 +178,7 @@ def _describe_layer(
     weights: Float[np.ndarray, "replicate prompt"] | None,
     interval: IntervalMethod,
 ) -> dict[str, statistics.Array]:
-    """Every measure of one layer of a cell, with intervals if there are weights of a bootstrap."""
+    """Return every measure of one layer of a cell, with intervals if there are weights of a bootstrap."""
     share = statistics.share(counts.sum(axis=0))
     entropy = statistics.entropy(share)
     most = np.log(share.shape[-1])
@@ -259,7 +259,7 @@ def study(
 
 
 def _planned(tokens: xr.DataArray) -> list[tuple[Between, str | None, list[tuple[str, str]]]]:
-    """What to compare: (between, channel held fixed, pairs to try until one has data)."""
+    """Return what to compare: (between, channel held fixed, pairs to try until one has data)."""
     efforts = [effort for effort in EFFORTS if effort in labels(tokens, "effort")]
     widest_first = sorted(combinations(efforts, 2), key=lambda pair: efforts.index(pair[0]) - efforts.index(pair[1]))
     channels = [
@@ -269,13 +269,13 @@ def _planned(tokens: xr.DataArray) -> list[tuple[Between, str | None, list[tuple
 
 
 def _shared(tokens: xr.DataArray, between: Between, pair: tuple[str, str], channel: str | None) -> int:
-    """Number of prompts with tokens on both sides."""
+    """Return the number of prompts with tokens on both sides."""
     first, _ = members(tokens, between, conditions(between, *pair, channel=channel))
     return len(np.unique(prompts(tokens)[first]))
 
 
 def _words(result: xr.Dataset) -> str:
-    """One line a cell: how even its load is; no cell is called different from another here."""
+    """Return one line a cell: how even its load is; no cell is called different from another here."""
     axis_names = [str(dim) for dim in result["tokens"].dims]
     lines, empty = [], []
     for place in np.ndindex(result["tokens"].shape):
@@ -295,6 +295,6 @@ def _words(result: xr.Dataset) -> str:
 
 
 def _range_of_experts(cell: xr.Dataset) -> str:
-    """The number of experts of a layer, or the least and the most of any layer."""
+    """Return the number of experts of a layer, or the least and the most of any layer."""
     n = cell["share"].count("expert")
     return str(int(n.max())) if n.min() == n.max() else f"{int(n.min())} to {int(n.max())}"

@@ -16,6 +16,7 @@ from jaxtyping import Bool, Num
 from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
+from workbench.harmony.messages import EFFORTS
 from workbench.registry import Study
 from workbench.studies.compare import shares_by_prompt
 from workbench.studies.intervals import mean_of_prompts
@@ -34,33 +35,27 @@ STUDY = Study(
 )
 POSITIONS = (0, 64, 256, 1024, 4096)
 MARGINS = (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
-EFFORTS = ("low", "medium", "high", "")
+_EFFORTS = (*EFFORTS, "")  # "": no effort is stated
 _SHARE = "|experts of both| / k"
 _CI = "95 %, Student's t over prompts corrected for skewness"
 
 
-def _with_limits(name: str, long_name: str, units: str, definition: str) -> dict[str, Definition]:
-    return {
-        name: Definition(long_name, units, definition, ci=_CI),
-        f"{name}_low": Definition(f"{long_name}, lower limit", units, "lower limit", ci=_CI),
-        f"{name}_high": Definition(f"{long_name}, upper limit", units, "upper limit", ci=_CI),
-    }
-
-
 DEFINITIONS = {
-    **_with_limits("agreement", "routing agreement", "1", f"{_SHARE}, mean over tokens"),
-    **_with_limits("agreement_effort", "routing agreement by effort", "1", f"{_SHARE}, mean over tokens and layers"),
-    **_with_limits(
-        "agreement_position", "routing agreement by position", "1", f"{_SHARE}, mean over tokens and layers"
+    "agreement": Definition("routing agreement", "1", f"{_SHARE}, mean over tokens", ci=_CI),
+    "agreement_effort": Definition(
+        "routing agreement by effort", "1", f"{_SHARE}, mean over tokens and layers", ci=_CI
     ),
-    **_with_limits(
-        "agreement_margin", "routing agreement by margin", "1", f"{_SHARE}, mean over choices of this margin"
+    "agreement_position": Definition(
+        "routing agreement by position", "1", f"{_SHARE}, mean over tokens and layers", ci=_CI
     ),
-    **_with_limits(
-        "logprob_agree", "log-probability where layers agree", "nat", "mean over tokens without a difference"
+    "agreement_margin": Definition(
+        "routing agreement by margin", "1", f"{_SHARE}, mean over choices of this margin", ci=_CI
     ),
-    **_with_limits(
-        "logprob_disagree", "log-probability where one disagrees", "nat", "mean over tokens with a difference"
+    "logprob_agree": Definition(
+        "log-probability where layers agree", "nat", "mean over tokens without a difference", ci=_CI
+    ),
+    "logprob_disagree": Definition(
+        "log-probability where one disagrees", "nat", "mean over tokens with a difference", ci=_CI
     ),
     "first_disagreement": Definition("first layer that disagrees", "tokens", "tokens that first disagree in the layer"),
     "first_position": Definition(
@@ -114,7 +109,7 @@ def agreement(run: TokenRun, blocks: Iterator[Compared], attrs: dict[str, object
     coords = {
         "channel": list(CHANNELS),
         "layer": np.arange(run.model["n_layers"]),
-        "effort": list(EFFORTS),
+        "effort": list(_EFFORTS),
         "position": list(POSITIONS),
         "margin": list(MARGINS),
         "sequence": list(map(str, run.sequences["id"])),
@@ -131,15 +126,15 @@ class _Sums:
         table = run.sequences
         size, layers = int(table.index.max()) + 1, int(run.model["n_layers"])
         self.prompt = independent_prompts(run)
-        self.effort = np.full(size, len(EFFORTS) - 1)
-        self.effort[table.index] = [EFFORTS.index(e) if e in EFFORTS else len(EFFORTS) - 1 for e in table["effort"]]
+        self.effort = np.full(size, len(_EFFORTS) - 1)
+        self.effort[table.index] = [_EFFORTS.index(e) if e in _EFFORTS else len(_EFFORTS) - 1 for e in table["effort"]]
         self.order = table.index
         n = size
         self.tokens = np.zeros((n, len(CHANNELS)))
         self.shared = np.zeros((n, len(CHANNELS), layers))
         self.by: dict[str, tuple[np.ndarray, np.ndarray]] = {
             name: (np.zeros((n, cells)), np.zeros((n, cells)))
-            for name, cells in (("effort", len(EFFORTS)), ("position", len(POSITIONS)), ("margin", len(MARGINS)))
+            for name, cells in (("effort", len(_EFFORTS)), ("position", len(POSITIONS)), ("margin", len(MARGINS)))
         }
         self.logprob = np.zeros((2, n))
         self.n_logprob = np.zeros((2, n))

@@ -73,7 +73,7 @@ def _compared(run: TokenRun, other: TokenRun, effect: list[tuple[np.ndarray, np.
 
 
 def _margin(logits: np.ndarray, k: int) -> np.ndarray:
-    """The k-th less the (k+1)-th largest logit; NaN is an expert that the layer does not have."""
+    """Return the k-th less the (k+1)-th largest logit; NaN is an expert that the layer does not have."""
     logits = np.where(np.isnan(logits), -np.inf, logits)
     last = logits.shape[-1] - k
     ordered = np.partition(logits.astype(np.float32), (last - 1, last), axis=-1)

@@ -101,7 +101,7 @@ class RunIndex:
 
     @cached_property
     def _prompt_tokens(self) -> tuple[dict[int, bytes], bool]:
-        """Ids and roles of the prompts, without the effort word, by sequence, and whether roles are known."""
+        """Return ids and roles of the prompts, without the effort word, by sequence, and whether roles are known."""
         for names in (("id", "role"), ("id",)):
             try:
                 return self._read_prompts(*names), len(names) > 1
@@ -110,7 +110,7 @@ class RunIndex:
         return {}, False
 
     def _read_prompts(self, *names: str) -> dict[int, bytes]:
-        """The values of these names at every sequence's prompt tokens; where roles are known, without the effort word.
+        """Return the prompt tokens of every sequence by these names, without the effort word if roles are known.
 
         An effort word is a token of the system message that all sequences of one effort have and no others: the same
         question at another effort is the same prompt, also where it has another id there.
@@ -261,7 +261,7 @@ def cell_codes(
 
 
 def _strata_of_positions() -> Int[np.ndarray, " position"]:
-    """The stratum of every position: at most `SLACK` positions or a factor of `WIDEST` wide."""
+    """Return the stratum of every position: at most `SLACK` positions or a factor of `WIDEST` wide."""
     first = [0]
     while first[-1] < _LONGEST:
         first.append(max(first[-1] + SLACK, int(WIDEST * first[-1])))
@@ -272,7 +272,7 @@ _STRATUM = _strata_of_positions()
 
 
 def _runs(sequence: Int[np.ndarray, " token"]) -> Iterator[tuple[int, slice]]:
-    """Each sequence number of a block with its tokens, which stand together."""
+    """Yield each sequence number of a block with its tokens, which stand together."""
     starts = np.flatnonzero(np.diff(sequence, prepend=-2))
     for start, stop in zip(starts, [*starts[1:], len(sequence)], strict=True):
         yield int(sequence[start]), slice(int(start), int(stop))

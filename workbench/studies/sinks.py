@@ -13,8 +13,9 @@ import xarray as xr
 
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
+from workbench.harmony.messages import EFFORTS
 from workbench.registry import Study
-from workbench.studies.comparison import EFFORTS, Run, axes, cells, sum_by
+from workbench.studies.comparison import Run, axes, cells, sum_by
 from workbench.studies.contrast import Plan, contrasts
 from workbench.studies.intervals import ratio, within_bounds
 from workbench.studies.result import Definition, dataset, provenance
@@ -37,8 +38,6 @@ _CI = "95 %, delete-one jackknife over prompts"
 
 DEFINITIONS = {
     "mass": Definition("sink attention", "1", "mean over the cell's tokens of the probability on the sink", ci=_CI),
-    "mass_low": Definition("sink attention, lower limit", "1", "lower limit of mass", ci=_CI),
-    "mass_high": Definition("sink attention, upper limit", "1", "upper limit of mass", ci=_CI),
     "spread": Definition("standard deviation", "1", "of the probability on the sink over the cell's tokens"),
     "rate": Definition("sink rate", "1", f"share of tokens and heads with more than {RATE_ABOVE} on the sink"),
     "tokens": Definition("tokens", "tokens", "tokens of the cell"),

@@ -67,9 +67,8 @@ DEFINITIONS = {
     ),
 }
 METHOD = (
-    "Load shares by prompt and label, averaged over prompts; information in bits between a routed slot's expert "
-    "and the label, less what "
-    "shuffled labels give: channels and efforts shuffled within a prompt, tasks between prompts."
+    "Load shares by prompt and label, averaged over prompts; information in bits between a routed slot's expert and "
+    "the label, less what shuffled labels give: channels and efforts shuffled within a prompt, tasks between prompts."
 )
 NOT_CONTROLLED = "Labels differ in words and position: an expert special in a channel may be special in its words."
 
@@ -220,7 +219,7 @@ def _summary(result: xr.Dataset, axis: str, exchanged: int) -> str:
 def _shuffled(
     by: Float[np.ndarray, "prompt label layer expert"], there: np.ndarray, axis: str, n: int, rng: np.random.Generator
 ) -> Iterator[tuple[int, Float[np.ndarray, "permutation label layer expert"]]]:
-    """Mean shares with labels exchanged within prompts or, for tasks, exchanged among prompts.
+    """Yield mean shares with labels exchanged within prompts or, for tasks, exchanged among prompts.
 
     A shuffle is a row of zeros and ones for each label, over prompts × labels: many are one product of matrices.
     """
@@ -248,7 +247,7 @@ def _shuffled(
 def _mean(
     by: Float[np.ndarray, "prompt label layer expert"], there: np.ndarray
 ) -> Float[np.ndarray, "label layer expert"]:
-    """Mean share over the prompts that have the label."""
+    """Return mean share over the prompts that have the label."""
     return by.sum(0) / np.maximum(there.sum(0), 1)[:, None, None]
 
 

@@ -16,6 +16,9 @@ else:
     Array = np.ndarray | np.generic  # numpy makes a scalar of an array without axes
 
 
+ALPHA = 0.05  # false discovery rate, or probability of an error of a test, up to which an effect is called shown
+
+
 def share(counts: Num[Array, "*cells expert"]) -> Float[Array, "*cells expert"]:
     """Return counts as fractions of their sum; NaN where nothing was counted."""
     total = counts.sum(axis=-1, keepdims=True)

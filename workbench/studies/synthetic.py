@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from workbench.errors import InputError
 from workbench.harmony.labels import CHANNELS
-from workbench.studies.comparison import EFFORTS
+from workbench.harmony.messages import EFFORTS
 
 LENGTHS = {"frame": 12, "prompt": 40, "analysis": 200, "final": 30}
 
@@ -97,7 +97,7 @@ def _weights(
     channel_shift: Mapping[str, Mapping[int, float]],
     effort_shift: Mapping[str, Mapping[int, float]],
 ) -> Float[np.ndarray, "channel effort layer 2"]:
-    """How much of the load is moved for the channel's and for the effort's sake."""
+    """Return how much of the load is moved for the channel's and for the effort's sake."""
     weight = np.zeros((len(CHANNELS), len(efforts), n_layers, 2))
     for channel, by_layer in channel_shift.items():
         for layer, size in by_layer.items():
@@ -109,7 +109,7 @@ def _weights(
 
 
 def _sequences(n_prompts: int, efforts: Sequence[str], tasks: Sequence[str]) -> pd.DataFrame:
-    """One sequence for each prompt and effort."""
+    """Return one sequence for each prompt and effort."""
     rows = [
         {"id": f"p{prompt}-{effort}", "prompt_id": f"p{prompt}", "effort": effort, "task": tasks[prompt % len(tasks)]}
         for prompt in range(n_prompts)

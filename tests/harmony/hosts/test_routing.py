@@ -3,7 +3,6 @@
 import base64
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,14 +99,6 @@ def test_experts_that_were_not_recorded_are_refused(dialect: Any, how: str, opti
 def test_what_is_no_array_of_experts_is_refused(reply: dict[str, Any]) -> None:
     with pytest.raises(RoutingError):
         routed_experts(reply, n_tokens=12)
-
-
-@pytest.fixture
-def host() -> Iterator[FakeHost]:
-    fake = FakeHost()
-    yield fake
-    fake.server.shutdown()
-    fake.server.server_close()
 
 
 def prompts(folder: Path, **fields: Any) -> Path:

@@ -72,7 +72,7 @@ def _unpacked(path: Path, compression: str) -> bytes:
 
 
 def _json(path: Path, content: bytes | None) -> Objects:
-    """Objects of JSON Lines, of an array, or of documents one after the other."""
+    """Yield objects of JSON Lines, of an array, or of documents one after the other."""
     file = path.open("rb") if content is None else io.BytesIO(content)
     with file:
         first = file.readline(LONGEST_ROW_BYTES).removeprefix(b"\xef\xbb\xbf")
@@ -216,7 +216,7 @@ def _values(array: pa.Array) -> int:
 
 
 def _folder(path: Path) -> tuple[str, Objects]:
-    """A folder that `datasets` saved, or one of Parquet or JSON Lines files."""
+    """Return a folder that `datasets` saved, or one of Parquet or JSON Lines files."""
     if (path / "state.json").exists():
         return "a saved dataset", _saved(path)
     if (path / "dataset_dict.json").exists():
@@ -255,7 +255,7 @@ def _joined(paths: list[Path]) -> Objects:
 
 
 def _names(path: Path, field: str) -> list[str]:
-    """File names in a description of a dataset, none of which may lead elsewhere."""
+    """Return file names in a description of a dataset, none of which may lead elsewhere."""
     try:
         entries = read_json(path)[field]
         names = [entry["filename"] if isinstance(entry, dict) else entry for entry in entries]

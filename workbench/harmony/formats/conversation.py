@@ -72,7 +72,7 @@ def transcript_row(conversation: Conversation, effort: str | None) -> dict[str, 
 
 
 def _options(conversation: Conversation) -> tuple[dict[str, Any], list[str]]:
-    """Options of rendering without the tools that gpt-oss has no form for, and a note if there are any."""
+    """Return options of rendering without the tools that gpt-oss has no form for, and a note if there are any."""
     options = {name: value for name, value in conversation.options.items() if value not in (None, [], "")}
     tools = read_tools(options.get("tools"), options.get("builtin_tools"))
     options.pop("tools", None)

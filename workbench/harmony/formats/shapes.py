@@ -44,7 +44,7 @@ def _is_list(row: Row, name: str, kind: type = Mapping) -> bool:
 
 
 def _request_messages(request: Row) -> list[Any]:
-    """Messages of a request to chat completions, Responses, completions or Ollama."""
+    """Return messages of a request to chat completions, Responses, completions or Ollama."""
     instructions = request.get("instructions")
     first = [{"role": "developer", "content": instructions}] if isinstance(instructions, str) and instructions else []
     for name in ("previous_response_id", "conversation"):
@@ -137,7 +137,7 @@ def _pair(row: Row) -> Iterator[Conversation]:
 
 
 def _with_request(row: Row) -> Iterator[Conversation]:
-    """A response with its request, in the same object or around it."""
+    """Yield a response with its request, in the same object or around it."""
     response = row if not isinstance(row.get("response"), Mapping) else row["response"]
     request = {k: v for k, v in row.items() if k not in ("response", "choices", "output", "message")}
     if not any(request.get(name) for name in ("messages", "input", "prompt")) and not _has_prompt_ids(row):
@@ -194,7 +194,7 @@ def _messages(row: Row) -> Iterator[Conversation]:
 
 
 def _harmony(row: Row) -> Iterator[Conversation]:
-    """A `Conversation` of the openai_harmony library: settings are contents of the system and developer messages."""
+    """Yield a `Conversation` of openai_harmony: settings are contents of the system and developer messages."""
     fields = about(row, "messages")
     messages: list[Any] = []
     for message in row["messages"]:
@@ -246,7 +246,7 @@ def _sharegpt(row: Row) -> Iterator[Conversation]:
 
 
 def _results(row: Row) -> Iterator[Conversation]:
-    """Results of simple-evals or of gpt-oss's own evaluations: conversations, and what is known of each example."""
+    """Yield results of simple-evals or gpt-oss's own evaluations: conversations, and what is known of each."""
     examples = object_of(row.get("metadata")).get("example_level_metadata")
     examples = examples if isinstance(examples, list) and examples else [{}] * len(row["convos"])
     if len(examples) != len(row["convos"]):
@@ -279,7 +279,7 @@ def _prompt_completion(row: Row) -> Iterator[Conversation]:
 
 
 def _lm_eval(row: Row) -> Iterator[Conversation]:
-    """A sample of lm-evaluation-harness: the first argument of each request is the prompt."""
+    """Yield a sample of lm-evaluation-harness: the first argument of each request is the prompt."""
     arguments: Any = row.get("arguments")
     if isinstance(arguments, Mapping):
         arguments = [list(object_of(entry).values()) for entry in arguments.values()]
@@ -320,7 +320,7 @@ def _prompt_answer(row: Row) -> Iterator[Conversation]:
 
 
 def _text(row: Row) -> Iterator[Conversation]:
-    """A conversation as one text with marks, as chat templates render it."""
+    """Yield a conversation as one text with marks, as chat templates render it."""
     # a text that ends where the next answer begins holds the one before it in full
     text = row["text"].rstrip().removesuffix("<|start|>assistant")
     complete = True if text.endswith(("<|return|>", "<|call|>")) else None if text.endswith("<|end|>") else False
@@ -336,12 +336,12 @@ def _is_text(row: Row) -> bool:
 
 
 def _is_ids(row: Row, name: str) -> bool:
-    """Whether a field holds ids, as the `context` that Ollama returns with each answer."""
+    """Return whether a field holds ids, as the `context` that Ollama returns with each answer."""
     return isinstance(row[name], list) and all(type(one) is int for one in row[name])
 
 
 def _llama_cpp(row: Row) -> Iterator[Conversation]:
-    """A response of llama.cpp's `/completion` with the prompt that it repeats."""
+    """Yield a response of llama.cpp's `/completion` with the prompt that it repeats."""
     yield from _prompt_answer({**{k: v for k, v in row.items() if k != "content"}, "response": row["content"]})
 
 

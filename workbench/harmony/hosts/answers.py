@@ -75,7 +75,7 @@ def _answer(messages: list[Any], complete: bool, choice: Mapping[str, Any], repl
 
 
 def _ids(choice: Mapping[str, Any], reply: Mapping[str, Any]) -> tuple[list[int], list[int]] | None:
-    """Ids of the prompt and the answer, as vLLM gives them for `return_token_ids`."""
+    """Return ids of the prompt and the answer, as vLLM gives them for `return_token_ids`."""
     prompt, ids = choice.get("prompt_token_ids", reply.get("prompt_token_ids")), choice.get("token_ids")
     return (prompt, ids) if _are_ids(prompt) and _are_ids(ids) else None
 

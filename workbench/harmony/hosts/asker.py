@@ -107,13 +107,13 @@ class Asker:
         return self._row(job, answers.from_responses(reply), reply)
 
     def _prompt(self, job: Job) -> tuple[list[int], Tokenizer]:
-        """The prompt's ids, rendered here."""
+        """Return the prompt's ids, rendered here."""
         with self._lock:
             encoding = tokenizer(self.settings.vocabulary)
             return render(job.prompt.messages, effort=job.effort, tokenizer=encoding, **job.prompt.options), encoding
 
     def _completions(self, job: Job) -> dict[str, Any]:
-        """The answer to a prompt rendered here: its ids, or else those of its text with marks."""
+        """Return the answer to a prompt rendered here: its ids, or else those of its text with marks."""
         prompt, encoding = self._prompt(job)
         body = self._body(job, "max_tokens", {}) | {"prompt": encoding.decode(prompt), "skip_special_tokens": False}
         reply = self.host.post("/completions", body | {"return_token_ids": True})
@@ -131,7 +131,7 @@ class Asker:
         return self._row(job, answer, reply)
 
     def _generate(self, job: Job) -> dict[str, Any]:
-        """The answer of vLLM's `/inference/v1/generate`: ids to ids."""
+        """Return the answer of vLLM's `/inference/v1/generate`: ids to ids."""
         prompt, encoding = self._prompt(job)
         s = self.settings
         sampling = {
@@ -153,7 +153,7 @@ class Asker:
         return self._row(job, answer, reply)
 
     def _row(self, job: Job, answer: answers.Answer, reply: Mapping[str, Any]) -> dict[str, Any]:
-        """The fields of a transcript: ids where the host gave them, which are then never made again from text."""
+        """Return the fields of a transcript; ids that the host gave are never made again from text."""
         fields: dict[str, Any] = {
             "complete": answer.complete,
             "correct": _correct(job, answer.messages if answer.complete else []),

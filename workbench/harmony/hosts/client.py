@@ -201,7 +201,7 @@ class Host:
             raise HostError("stopped")
 
     def _drop(self, status: int, text: str, sent: dict[str, Any]) -> bool:
-        """Whether the host named a parameter that can be left out; it then is, from now on."""
+        """Return whether the host named a parameter that can be left out; it then is, from now on."""
         if status not in (400, 422):
             return False
         refused = [name for name in OPTIONAL if name in sent and name in text]

@@ -53,7 +53,7 @@ def collect(url: str, prompts: str | Path, out: str | Path, settings: Settings, 
             RowOutput(out, command=COMMAND, inputs=[prompts], overwrite=overwrite, is_own=_is_own) as rows,
             StopSignal(str(out)) as interrupt,
         ):
-            _refuse_other_requests(out, rows.known, jobs, settings, host.name)
+            _refuse_other_requests(out, rows.known, jobs, settings)
             left = [job for job in jobs if job.id not in rows.known]
             _collect(host, left, rows, settings, interrupt)
             rows.finish(job.id for job in jobs)
@@ -62,13 +62,13 @@ def collect(url: str, prompts: str | Path, out: str | Path, settings: Settings, 
 
 
 def _is_own(row: Mapping[str, Any]) -> bool:
-    """Whether this command wrote a row; before 0.8 rows were not stamped."""
+    """Return whether this command wrote a row; before 0.8 rows were not stamped."""
     meta = row.get("meta")
     return is_stamped(row, COMMAND) or (isinstance(meta, dict) and {"host", "request"} <= meta.keys())
 
 
 def _refuse_other_requests(
-    out: str | Path, known: Mapping[str, Mapping[str, Any]], jobs: Sequence[Job], settings: Settings, host: str
+    out: str | Path, known: Mapping[str, Mapping[str, Any]], jobs: Sequence[Job], settings: Settings
 ) -> None:
     """Check that every row that is there answers a request of this job.
 
@@ -119,9 +119,8 @@ def _collect(host: Host, left: list[Job], rows: RowOutput, settings: Settings, i
         print(f"{job.id}: {why}", file=sys.stderr)
     if missing := reasoning.get("absent", 0) + reasoning.get("summary", 0):
         print(
-            f"{missing} of {count_of(sum(reasoning.values()), 'answer')} came without the model's own "
-            f"reasoning (their meta states "
-            "absent or summary): analysis cannot be studied in them",
+            f"{missing} of {count_of(sum(reasoning.values()), 'answer')} came without the model's own reasoning (their "
+            "meta states absent or summary): analysis cannot be studied in them",
             file=sys.stderr,
         )
     if summary := counted(flags):

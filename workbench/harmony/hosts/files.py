@@ -21,7 +21,7 @@ from workbench.harmony.formats.shapes import SHAPES, has_messages, paired, shape
 from workbench.harmony.labels import label
 from workbench.harmony.messages import EFFORTS, shown
 from workbench.harmony.transcripts import LONGEST_ROW_BYTES
-from workbench.harmony.vocabulary import Tokenizer, tokenizer
+from workbench.harmony.vocabulary import tokenizer
 from workbench.inputs import regular_file
 
 _MOST_LEFT_OUT = 100_000  # rows: a file of others is not a file of conversations
@@ -100,15 +100,15 @@ def _converted(
     return " and ".join(kinds), _distinct(rows), left_out
 
 
-def counts(rows: list[dict[str, Any]], *, vocabulary: Tokenizer | None = None) -> str:
+def counts(rows: list[dict[str, Any]]) -> str:
     """Return how many rows are irregular, truncated and so on, in words."""
-    return counted(_flags(row, vocabulary) for row in rows)
+    return counted(_flags(row) for row in rows)
 
 
-def _flags(row: dict[str, Any], vocabulary: Tokenizer | None) -> tuple[str, ...]:
+def _flags(row: dict[str, Any]) -> tuple[str, ...]:
     if "tokens" not in row:
         return flags_of_row(row)
-    labels = label(row["tokens"], tokenizer=vocabulary or tokenizer(), n_prompt=row["n_prompt"])
+    labels = label(row["tokens"], tokenizer=tokenizer(), n_prompt=row["n_prompt"])
     return sequence_flags(labels, row["n_prompt"], complete=row.get("complete"), notes=row.get("notes", ()))
 
 
@@ -131,7 +131,7 @@ Found = Iterator[tuple[str, str, Conversation | Exception]]
 
 
 def _conversations(path: Path, requests: str | Path | None, mapping: FieldMapping) -> Found:
-    """The kind of each conversation, where it is, and the conversation, or why there is none."""
+    """Yield the kind of each conversation, where it is, and the conversation, or why there is none."""
     if path.is_file() and inspect_logs.is_zip(path):
         yield from (("an Inspect log", *conversation) for conversation in inspect_logs.read_zip(path))
         return
@@ -189,7 +189,7 @@ def _of_batch(value: dict[str, Any], asked: dict[str, Any]) -> Iterator[Conversa
 
 
 def _requests(path: Path) -> dict[str, Any]:
-    """The bodies of a batch's requests by custom_id."""
+    """Return the bodies of a batch's requests by custom_id."""
     bodies: dict[str, Any] = {}
     for where, value in objects(path)[1]:
         if not isinstance(value, dict) or "custom_id" not in value or not isinstance(value.get("body"), dict):

@@ -63,7 +63,7 @@ def responses_tools(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _with_call_ids(messages: Messages) -> list[tuple[Mapping[str, Any], str]]:
-    """Every message with the id of the call that it is or answers: results answer the calls before them in order."""
+    """Return every message with the id of its call; results answer the calls before them in order."""
     with_ids: list[tuple[Mapping[str, Any], str]] = []
     open_calls: list[tuple[str, str]] = []
     for number, message in enumerate(messages):

@@ -115,8 +115,7 @@ def check_experts(experts: Int[np.ndarray, "tokens layers slots"], n_tokens: int
     if (unknown := (experts < 0).any((1, 2))).any():
         raise RoutingError(
             f"{int(unknown.sum())} of {len(experts)} tokens have no experts (-1), as their prefix was cached: start "
-            "the "
-            "host with --no-enable-prefix-caching (vLLM) or --disable-radix-cache (sglang)"
+            "the host with --no-enable-prefix-caching (vLLM) or --disable-radix-cache (sglang)"
         )
     if not experts.any():
         raise RoutingError(f"all routed experts are 0: {_NOT_RECORDED}")

@@ -207,7 +207,7 @@ def block_and_bytes(kind: int, old_types: bool = False) -> tuple[int, int] | Non
 
 @functools.lru_cache
 def _is_decoded(kind: int, size: int) -> bool:
-    """Whether the package gguf reads a type; it lists the sizes of others too. size: bytes of a block."""
+    """Return whether the package gguf reads a type; it lists the sizes of others too. size: bytes of a block."""
     try:
         decoder(kind)(np.zeros((1, size), dtype=np.uint8))
     except (NotImplementedError, ValueError):

@@ -19,6 +19,7 @@ from workbench.kernels.mxfp4 import dequantise
 from workbench.model.config import GROUP, Config
 from workbench.model.lazy_tensors import LazyTensor
 from workbench.model.names import name_in, shapes
+from workbench.model.safetensors_file import FLOATS
 from workbench.model.stored_names import Stored
 
 _WORD = 32  # bits
@@ -105,7 +106,7 @@ def _matrix(
     """Return a tensor of floats, or a quantised matrix that is dequantised when it is read."""
     stored = _stored(root, available, name, used)
     if stored.entry.dtype != "U32":
-        _check(root, stored, shape, ("BF16", "F16", "F32"))
+        _check(root, stored, shape, FLOATS)
         return LazyTensor(name, shape, stored.entry.dtype, stored.tensor)
     matrix = name.removesuffix(".weight")
     scales = _stored(root, available, f"{matrix}.scales", used)
@@ -123,7 +124,7 @@ def _matrix(
         return LazyTensor(name, shape, "MLX mxfp4", read)
     biases = _stored(root, available, f"{matrix}.biases", used)
     for factors in (scales, biases):
-        _check(root, factors, (*shape[:-1], groups), ("BF16", "F16", "F32"))
+        _check(root, factors, (*shape[:-1], groups), FLOATS)
     return LazyTensor(name, shape, f"MLX {bits}-bit", functools.partial(_affine, stored, scales, biases, bits, shape))
 
 
