@@ -60,7 +60,7 @@ def _accuracy(run: Run) -> Table:
     marked = run.sequences[run.sequences["correct"] >= 0]
     efforts = [e for e in quick_look.options(run)["effort"] if e in set(marked["effort"])]
     rows = marked.pivot_table(index="task", columns="effort", values="correct", aggfunc="mean")[efforts]
-    table = Table("task", *efforts, title="share of right answers")
+    table = Table("task", *efforts, title="accuracy by task and effort")
     for task, row in rows.iterrows():
         table.add_row(escape(str(task)), *(f"{v:.2f}" for v in row))
     return table
