@@ -85,7 +85,7 @@ def _experts(run: Run) -> Table:
 
 def _sinks(run: Run) -> Table:
     channels = [c for c in quick_look.options(run)["channel"] if c != quick_look.ALL]
-    table = Table("layer", *channels, title="mean probability on the sinks")
+    table = Table("layer", *channels, title="mean sink attention")
     mass = [quick_look.sinks(run, channel)["mass"].values.mean(-1) for channel in channels]
     for layer in range(run.model["n_layers"]):
         table.add_row(str(layer), *(f"{m[layer]:.3f}" for m in mass))
