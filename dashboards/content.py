@@ -25,14 +25,13 @@ def about(run: Run) -> str:
     """Return one paragraph of HTML about the run. All text from the run is escaped."""
     sequences = run.sequences
     done, total = run.progress
-    state = "complete" if done == total else f"in progress: {done} of {count_of(total, 'unit')}"
     efforts = ", ".join(f"{n} {effort}" for effort, n in sequences["effort"].value_counts(sort=False).items())
     parts = {
         "Model": f"{run.checkpoint['name']}: {run.model['n_layers']} layers, {number_of_experts(run.model)} experts, "
         f"{run.model['experts_per_token']} per token",
         "Transcripts": f"{len(sequences):,} ({efforts}), {int(sequences['length'].sum()):,} tokens",
         "Recorded": ", ".join(run.recorded),
-        "State": state,
+        **({} if done == total else {"State": f"in progress: {done} of {count_of(total, 'unit')}"}),
     }
     return facts(parts)
 

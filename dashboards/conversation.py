@@ -44,7 +44,8 @@ def frame(
 ) -> str:
     """Return HTML of the frame with the conversation in it.
 
-    view: what is chosen in it at first, see `VIEW`. sentences: what `sentences_of` returned.
+    view: what is chosen in it at first, see `VIEW`; `find` is a text that is searched. sentences: what `sentences_of`
+    returned.
     """
     return (
         f'<iframe title="conversation" sandbox="allow-scripts" style="width:100%;height:{HEIGHT}px;{BORDER}" '

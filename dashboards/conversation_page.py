@@ -65,7 +65,13 @@ class _Conversations:
         self.matches: dict[str, int] = {}
         self.first = 0  # of the list's page
         linked = session.choice.text("sequence")
-        self.linked = int(linked) if linked.isdecimal() and int(linked) in session.run.sequences.index else None
+        numbers = session.run.sequences.index
+        self.linked = int(linked) if linked.isdecimal() and int(linked) in numbers else None
+        if linked and self.linked is None:
+            session.unknown.append(
+                f"The run has no conversation {linked!r}, which the address names: the page shows another one. Its "
+                f"conversations have the numbers {numbers[0]} to {numbers[-1]}."
+            )
         self.pick.param.watch(lambda _: self.show(), "value")
         self.filters.watch(self.fill, *self.filters.widgets)
         for widget in (self.find, self.order, self.kind):
@@ -197,7 +203,7 @@ class _Conversations:
         before = choice.text("sequence")
         if before != str(number):
             self.session.put(sequence=str(number), **({"position": "", "pin": ""} if before else {}))
-        view = {name: choice.text(name) for name in VIEW if choice.text(name)}
+        view = {name: choice.text(name) for name in (*VIEW, "find") if choice.text(name)}
         sentences = sentences_of(self.importance, str(self.session.run.sequences["id"].to_dict()[number]))
 
         def body() -> Any:

@@ -19,7 +19,7 @@ from workbench import registry
 from workbench.counting import count_of
 from workbench.dashboards import content, feature_ablation, feature_details, search, widgets
 from workbench.dashboards.example_lists import coloured_example, example, list_of
-from workbench.dashboards.session import Page, Session, box
+from workbench.dashboards.session import Page, Session, box, not_recorded
 from workbench.harmony.labels import CHANNELS
 from workbench.runs import Run, feature_examples
 from workbench.runs.examples import sample_keys
@@ -29,7 +29,6 @@ from workbench.studies.expert_examples import AFTER, BEFORE
 
 MOST_ROWS = 500  # features in the table
 _EXAMPLES = 12
-_HOW = "workbench capture nano answers.jsonl run.zarr --record routing --record features:FOLDER"
 
 
 def names(run: Run) -> list[str]:
@@ -53,9 +52,8 @@ def features(session: Session) -> Page:
     run = session.run
     known = names(run)
     if not known:
-        text = "Record examples of the features of a sparse autoencoder, from the folder that holds it:"
         about = widgets.html(content.about(run))
-        return Page([], [about, widgets.empty_state("This run has no recorded features", text, _HOW)])
+        return Page([], [about, not_recorded(run, "features of a sparse autoencoder", "--record features:FOLDER")])
     name = widgets.select("Recorded features", known, session.choice.get("quantity", known))
     layers = {n: layers_of(run, n) for n in known}
     layer = widgets.select("Layer", layers[str(name.value)], session.choice.get("layer", layers[str(name.value)]))

@@ -43,7 +43,8 @@ def graph(session: Session) -> Page:
     """Return the page of attribution graphs that are stored beside the run."""
     stored = session.registry.stored(session.name)
     if not stored.graphs:
-        command = f"workbench graph MODEL --prompt TEXT --out {session.name}-graph.json"
+        model = session.registry.model(session.name) or "MODEL"
+        command = f'workbench graph {model} --prompt "TEXT" --out {session.name}-graph.json'
         text = (
             "An attribution graph shows which tokens, heads and experts made the model give a token. Make one in the "
             "folder that holds the run, and open this page again:"

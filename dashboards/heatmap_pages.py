@@ -10,7 +10,7 @@ import pandas as pd
 import panel as pn
 import xarray as xr
 
-from workbench.dashboards import content, expert_sections, neurons_page, search, widgets
+from workbench.dashboards import content, expert_sections, neurons_page, python_code, search, widgets
 from workbench.dashboards.session import Page, Selectors, Session, box, not_recorded, study
 from workbench.figures import quick_look as draw
 from workbench.figures import routing as draw_routing
@@ -49,7 +49,10 @@ def _cells(session: Session, cells: Cells, folded: Callable[[Selectors], Any] | 
             cell = (chosen.number("layer"), chosen.number(cells.column))
             drawn = draw.heatmap(ds, measure.value, marked=cell, theme=session.theme)
             label = "-".join([name, str(measure.value), *chosen.cell.values()])
-            return widgets.figure(drawn, label, lambda: ds.to_dataframe().reset_index(), click=clicked)
+            code = python_code.selection_heatmap(
+                run, cells.sums.__name__, measure.value, chosen.cell, session.exclude, session.theme, marked=cell
+            )
+            return widgets.figure(drawn, label, lambda: ds.to_dataframe().reset_index(), python=code, click=clicked)
 
         heat[:] = [widgets.guarded(body)]  # a new pane: plotly fails when a figure changes while it is drawn
 

@@ -100,19 +100,23 @@ def _load_styles_from_this_server() -> None:
 
 
 def navigation(page: str, titles: Mapping[str, str], absent: Collection[str] = ()) -> str:
-    """Return HTML with links to all pages under the headings of `GROUPS`; those of absent pages are grey."""
+    """Return HTML with links to all pages under the headings of `GROUPS`; those of absent pages are folded below."""
     in_groups = {path for paths in GROUPS.values() for path in paths}
     groups = {**GROUPS, "More studies": tuple(path for path in titles if path not in in_groups)}
-    parts = []
+    parts, folded = [], []
     for heading, paths in groups.items():
-        links = "".join(
-            _page_link(path, titles[path], path == page, path in absent) for path in paths if path in titles
-        )
+        known = [path for path in paths if path in titles]
+        folded += [path for path in known if path in absent]
+        links = "".join(_page_link(path, titles[path], path == page) for path in known if path not in absent)
         parts.append((f"<h2>{escape(heading)}</h2>" if heading else "") + links if links else "")
+    if folded:
+        links = "".join(_page_link(path, titles[path], path == page, absent=True) for path in folded)
+        opened = " open" if page in folded else ""
+        parts.append(f"<details{opened}><summary>Not recorded ({len(folded)})</summary>{links}</details>")
     return "".join(parts)
 
 
-def _page_link(path: str, title: str, current: bool, absent: bool) -> str:
+def _page_link(path: str, title: str, current: bool, *, absent: bool = False) -> str:
     more = (" aria-current=page" if current else "") + (
         ' class="wb-absent" title="Not recorded in this run"' if absent else ""
     )

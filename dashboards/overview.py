@@ -10,7 +10,7 @@ import xarray as xr
 
 from workbench import registry
 from workbench.counting import count_of
-from workbench.dashboards import content, theme, widgets
+from workbench.dashboards import content, python_code, theme, widgets
 from workbench.dashboards.session import Page, Session
 from workbench.dashboards.study_jobs import Answer
 from workbench.errors import InputError
@@ -20,6 +20,7 @@ from workbench.runs import Run
 from workbench.studies import quick_look
 from workbench.studies.comparison import in_order
 from workbench.studies.highlights import Highlight, accuracy_sentences, highlights, untested
+from workbench.studies.quick_look import ALL
 
 _STUDIES = ("channels", "effort")  # whose comparisons are paired within prompts
 _COLUMNS = {"experts": "expert", "sink": "head"}  # of a cell, by the page that shows it in detail
@@ -184,7 +185,9 @@ def _difference_map(session: Session, results: Mapping[str, Mapping[str, xr.Data
     if item is None:
         return []
     name = f"{session.name}-routing_analysis_vs_final_matched"
-    return [widgets.deferred(lambda: widgets.figure(item.draw(theme=session.theme), name, item.table))]
+    record, figure = registry.find("channels"), "routing_analysis_vs_final_matched"
+    code = python_code.study_figure(record, [session.run], figure, session.exclude, session.theme)
+    return [widgets.deferred(lambda: widgets.figure(item.draw(theme=session.theme), name, item.table, python=code))]
 
 
 def answers(session: Session, results: Mapping[str, Mapping[str, xr.Dataset]], most: int = 3) -> str:
@@ -230,6 +233,8 @@ def _curve(session: Session) -> list[Any]:
 
     def show(costs: Mapping[str, xr.Dataset]) -> list[Any]:
         drawn = draw_effort.accuracy_by_tokens(costs["cost"], theme=session.theme)
-        return [widgets.figure(drawn, f"{session.name}-accuracy_by_tokens")]
+        rows = costs["cost"].to_dataframe().reset_index()
+        code = python_code.accuracy_figure(session.run, ALL, session.exclude, session.theme)
+        return [widgets.figure(drawn, f"{session.name}-accuracy_by_tokens", lambda: rows, python=code)]
 
     return [widgets.later(lambda: widgets.awaited(session.registry.ask_costs(session.name, session.exclude), show))]

@@ -12,7 +12,7 @@ import panel as pn
 import xarray as xr
 
 from workbench import registry
-from workbench.dashboards import content, widgets
+from workbench.dashboards import content, python_code, widgets
 from workbench.dashboards.attention_page import attention
 from workbench.dashboards.conversation_page import transcript
 from workbench.dashboards.expert_sections import expert_gallery
@@ -48,12 +48,20 @@ def channels(session: Session) -> Page:
             of_channels = {channel: kind(run, channel=channel, **cell) for channel in ("analysis", "final")}
             # one colour scale for both; loads have the same in any case
             top = 100 * max(float(np.nanmax(ds[measure].values, initial=0.001)) for ds in of_channels.values())
+
+            def code(channel: str) -> str:
+                selected = {"channel": channel, **cell}
+                return python_code.selection_heatmap(
+                    run, kind.__name__, measure, selected, session.exclude, session.theme, top=top
+                )
+
             return widgets.beside(
                 *(
                     widgets.figure(
                         draw.heatmap(ds, measure, top=top, theme=session.theme),
                         f"{name}-{channel}-{measure}",
                         lambda ds=ds: ds.to_dataframe().reset_index(),  # type: ignore[misc]
+                        python=code(channel),
                     )
                     for channel, ds in of_channels.items()
                 )
@@ -98,7 +106,12 @@ def effort(session: Session) -> Page:
             drawn = draw_effort.accuracy_by_tokens(cost, task, theme=session.theme)
             rows = cost.sel(task=task).to_dataframe().reset_index()
             return [
-                widgets.figure(drawn, f"{name}-accuracy_by_tokens-{task}", lambda: rows),
+                widgets.figure(
+                    drawn,
+                    f"{name}-accuracy_by_tokens-{task}",
+                    lambda: rows,
+                    python=python_code.accuracy_figure(run, task, session.exclude, session.theme),
+                ),
                 widgets.card(
                     "Gain by effort step",
                     widgets.html(content.gains(costs["gain"], task)),
@@ -121,8 +134,8 @@ def compare(session: Session) -> Page:
     listed = partners(session)
     first = chosen_partner(session, listed)
     if first is None:
-        text = "Start the dashboard with two runs of the same transcripts: workbench dashboard A.zarr B.zarr"
-        return Page([], [widgets.alert(text, "info")])
+        text = "Start the dashboard with two runs of the same transcripts, as of two models:"
+        return Page([], [widgets.empty_state("One run", text, f"workbench dashboard {name}.zarr OTHER.zarr")])
     chosen = Selectors(session, "channel", "effort", "task")
     by_name = {one.name: one for one in listed}
     pick = widgets.select("With", list(by_name), first.name)
@@ -185,7 +198,7 @@ _OWN_PAGES: Mapping[str, Callable[[Session], Page]] = {
     "graph": graph,
 }
 # the pages that begin with a figure; others begin with text, a table or a frame, and their figures come later
-FIGURE_FIRST = frozenset({"experts", "sinks", "effort"})
+FIGURE_FIRST = frozenset({"experts", "sinks", "effort", "channels"})
 _BEFORE = {"overview": "Overview"}
 _AFTER = {
     "transcript": "Conversations",
@@ -248,7 +261,8 @@ def made(page: str, session: Session) -> Page:
     shown = widgets.guarded(lambda: own(session) if own is not None else study_page(session, page))
     if not isinstance(shown, Page):
         return Page([], [shown])
-    return Page(shown.sidebar, [*shown.main, *further_studies(session, page)])
+    notes = [widgets.alert(text) for text in session.unknown]
+    return Page(shown.sidebar, [*notes, *shown.main, *further_studies(session, page)])
 
 
 def further_studies(session: Session, page: str) -> list[Any]:

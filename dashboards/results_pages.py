@@ -44,7 +44,7 @@ def causal(session: Session) -> Page:
     titles = {registry.find(name).title: name for name in stored.experiments}
     linked = session.choice.text("experiment")
     first = session.choice.get("experiment", list(titles.values()))
-    pick = widgets.select("Experiment", titles, first, width=420)  # titles are too long for the sidebar
+    pick = widgets.wide_select("Experiment", titles, first)
     shown = box()
 
     def show(*_: Any) -> None:
@@ -169,7 +169,7 @@ def _figures(session: Session, gallery: Gallery, label: str) -> list[Any]:
     if len(gallery) <= _STACKED:
         return [_drawn(session, item, f"{label}-{key}") for key, item in gallery.items()]
     labels = figure_names(gallery)
-    pick = widgets.select("Figure", labels, session.choice.get("figure", list(labels.values())), width=420)
+    pick = widgets.wide_select("Figure", labels, session.choice.get("figure", list(labels.values())))
     shown = box()
 
     def show(*_: Any) -> None:

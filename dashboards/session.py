@@ -9,7 +9,7 @@ import panel as pn
 import xarray as xr
 
 from workbench import registry
-from workbench.dashboards import content, widgets
+from workbench.dashboards import content, python_code, widgets
 from workbench.dashboards.difference_table import difference_table
 from workbench.dashboards.figure_labels import figure_names
 from workbench.dashboards.state import RunRegistry, Selection
@@ -22,6 +22,7 @@ from workbench.studies import quick_look
 from workbench.studies.quick_look import ALL
 
 # what `workbench capture --record` takes by its name alone
+_LISTED = 12  # values that a note lists; of more, which are numbers, the first and the last
 _WITHOUT_OPTIONS = ("routing", "router_logits", "sinks", "sink_sums", "logprobs", "examples", "neurons")
 
 
@@ -34,11 +35,29 @@ class Session:
     remember: Callable[[], None]  # called when the choice has changed
     address: Callable[[str, str], str] = "./{}?{}".format  # of a page and a query
     name: str = field(init=False)  # of the run
+    unknown: list[str] = field(default_factory=list)  # a sentence for each value of the address that there is not
 
     def __post_init__(self) -> None:
+        asked = self.choice.text("run")
         self.name = self.choice.get("run", self.registry.names)
-        if self.choice.text("run") != self.name:
+        if asked != self.name:
             self.choice.put(run="")
+        if asked and asked != self.name:
+            self.unknown.append(
+                f"This dashboard has no run {asked!r}, which the address names: it shows {self.name}. Its runs are "
+                f"{', '.join(self.registry.names)}."
+            )
+
+    def known(self, name: str, values: Sequence[str], default: str | None = None) -> str:
+        """Return the selected value of this name; of one that the run does not have, the page shows a note."""
+        value, asked = self.choice.get(name, values, default), self.choice.text(name)
+        if asked and asked != value:
+            listed = ", ".join(values) if len(values) <= _LISTED else f"{values[0]} to {values[-1]}"
+            self.unknown.append(
+                f"The run has no {name} {asked!r}, which the address names: the page shows {value}. Choose among "
+                f"{listed}."
+            )
+        return value
 
     @property
     def run(self) -> Run:
@@ -94,7 +113,7 @@ class Selectors:
         self.widgets: dict[str, Any] = {}
         for name in names:
             first = "analysis" if name == "channel" and session.choice.text("channel") == "" else None
-            value = session.choice.get(name, options[name], first)
+            value = session.known(name, options[name], first)
             if name == "effort":
                 self.widgets[name] = pn.widgets.RadioButtonGroup(label="Effort", options=options[name], value=value)
             else:
@@ -172,7 +191,8 @@ def not_recorded(run: Run, needed: str, remedy: str) -> Any:
     again = [name for name in run.recorded if name in _WITHOUT_OPTIONS and f"--record {name}" not in remedy]
     options = " ".join([*(f"--record {name}" for name in again), remedy])
     text = f"The run has {', '.join(run.recorded) or 'nothing'}. Capture the same transcripts into another run:"
-    command = f"workbench capture MODEL TRANSCRIPTS RUN.zarr {options}"
+    model = "nano" if run.checkpoint["name"] == "nano" else "MODEL"
+    command = f"workbench capture {model} TRANSCRIPTS.jsonl RUN.zarr {options}"
     return widgets.empty_state(f"This run has no recorded {needed}", text, command)
 
 
@@ -195,7 +215,7 @@ def study(
     """
 
     def show(results: Mapping[str, xr.Dataset]) -> list[Any]:
-        gallery: Gallery = registry.find(name).load_figures().gallery(results)
+        gallery: Gallery = record.load_figures().gallery(results)
         gallery = {name: drawing for name, drawing in gallery.items() if name not in above}
         answer = widgets.card("Findings", widgets.html(content.findings(results)))
         method = widgets.card("Methods", widgets.html(content.method(results)), collapsed=True)
@@ -203,18 +223,20 @@ def study(
             return [answer, method]
         labels = figure_names(gallery)
         first = session.choice.get("figure", list(labels.values()))
-        pick = widgets.select("Figure", labels, first, width=420)
-        shown = box()
+        pick = widgets.wide_select("Figure", labels, first)
+        shown, rows = box(), box()
 
         def drawn() -> pn.Column:
             key = str(pick.value)
-            drawing, label = gallery[key], f"{session.name}-{name}-{key}"
-            figure = widgets.guarded(lambda: widgets.figure(drawing.draw(theme=session.theme), label, drawing.table))
-            rows = widgets.guarded(lambda: difference_table(session, drawing, label))
-            return pn.Column(figure, *(rows if isinstance(rows, list) else [rows]), sizing_mode="stretch_width")
+            code = python_code.study_figure(record, runs, key, session.exclude, session.theme)
+            return widgets.figure(gallery[key].draw(theme=session.theme), label(key), gallery[key].table, python=code)
+
+        def listed() -> pn.Column:
+            key = str(pick.value)
+            return pn.Column(*difference_table(session, gallery[key], label(key)), sizing_mode="stretch_width")
 
         def draw_it(*_: Any) -> None:
-            shown[:] = [widgets.deferred(drawn)]
+            shown[:], rows[:] = [widgets.deferred(drawn)], [widgets.deferred(listed)]
 
         def picked(*_: Any) -> None:
             session.put(figure=str(pick.value))
@@ -222,8 +244,12 @@ def study(
 
         draw_it()
         pick.param.watch(picked, "value")
-        return [answer, pick, shown, method]
+        return [pick, shown, answer, rows, method]
 
+    def label(figure: str) -> str:
+        return f"{session.name}-{name}-{figure}"
+
+    record, runs = registry.find(name), [session.other_run(one) for one in names or (session.name,)]
     ask = session.registry.study(name, *(names or (session.name,)), exclude=session.exclude)
     title = widgets.html(f"<h2>{escape(heading)}</h2><p class='wb-under'>All efforts and tasks</p>")
     return [title, widgets.awaited(ask, show) if first else widgets.deferred(lambda: widgets.awaited(ask, show))]

@@ -162,7 +162,7 @@ box-shadow:none;outline:none}
 .card-title,.card-title *{font-size:var(--wb-lead);font-weight:600;text-align:left!important}
 """
 FIGURE_CSS = """
-:host{background:var(--wb-surface);border:1px solid var(--wb-line);border-radius:var(--wb-radius);overflow:hidden;
+:host{background:var(--wb-surface);border:1px solid var(--wb-line);border-radius:var(--wb-radius);overflow:auto hidden;
 padding:4px 4px 2px}
 """
 # of frames with a conversation, a graph or attention patterns; published pages do not set the variable
@@ -207,8 +207,9 @@ body{margin:0;font:var(--wb-text)/1.5 var(--wb-font);color:var(--wb-ink);backgro
 border-bottom:1px solid var(--wb-line);position:sticky;top:0;z-index:10}
 .wb-brand{font-weight:700;color:var(--wb-ink);text-decoration:none;white-space:nowrap}
 .wb-run{color:var(--wb-muted);overflow:hidden;text-overflow:ellipsis;white-space:nowrap}
-.wb-header h1{font-size:var(--wb-text);font-weight:600;margin:0;white-space:nowrap}
-.wb-header .wb-right{margin-left:auto;display:flex;align-items:center;gap:12px}
+.wb-header h1{font-size:var(--wb-text);font-weight:600;margin:0;white-space:nowrap;overflow:hidden;
+text-overflow:ellipsis}.wb-run{min-width:0;flex-shrink:9}
+.wb-header .wb-right{margin-left:auto;display:flex;align-items:center;gap:12px;flex:none;white-space:nowrap}
 .wb-theme,.wb-menu{display:inline-flex;gap:6px;align-items:center;color:var(--wb-ink);background:transparent;
 border:1px solid var(--wb-control);border-radius:6px;padding:3px 9px;font:inherit;font-size:13px;text-decoration:none;
 cursor:pointer}
@@ -223,6 +224,7 @@ position:sticky;top:48px;height:calc(100vh - 48px);overflow-y:auto}
 .wb-nav a{display:flex;align-items:center;gap:9px;padding:2px 10px;border-radius:6px;color:var(--wb-ink);
 text-decoration:none}
 .wb-nav a.wb-absent{color:var(--wb-muted)}.wb-nav a.wb-absent svg{opacity:.55}
+.wb-nav summary{padding:2px 10px;color:var(--wb-muted);font-size:13px;margin-top:6px}
 .wb-nav a:hover{background:var(--wb-raised)}
 .wb-nav a[aria-current=page]{background:var(--wb-accent-soft);color:var(--wb-accent);font-weight:600}
 .wb-nav svg{flex:none}
@@ -230,6 +232,8 @@ text-decoration:none}
 .wb-main{flex:1 1 0;min-width:0;padding:10px 16px 60px;max-width:1640px}
 @media (max-width:1000px){.wb-menu{display:inline-flex}.wb-side{display:none;position:fixed;left:0;z-index:9}
 .wb-side.open{display:block;box-shadow:0 0 0 100vmax #0006}}
+@media (max-width:600px){.wb-header{gap:10px;padding:0 10px}.wb-menu+.wb-brand{display:none}.wb-alone .wb-brand{
+display:block}.wb-main{padding:8px 4px 40px}}
 @media print{.wb-header,.wb-side{display:none}body{background:#fff}}
 """
 # sixteen-pixel drawings of lines, by page

@@ -33,6 +33,7 @@ MOST_COLUMNS = 10  # that are readable beside each other at a width of 1280 pixe
 _LONG = 32  # characters of a text that fits in a table beside two others
 _SHORT = 16  # characters of texts that stay in one line, as an interval
 _CSV = "Numbers as CSV"
+_READABLE = {"min-width": "440px"}  # title and legend of a figure are readable; narrower windows scroll it
 _SAVE = """
 const figures = [];
 const walk = root => { for (const e of root.querySelectorAll('*')) {
@@ -41,6 +42,18 @@ const walk = root => { for (const e of root.querySelectorAll('*')) {
 walk(document);
 if (figures.length) window.Plotly.downloadImage(figures[0],
   {format: 'FORMAT', filename: NAME, width: 920, height: figures[0].layout.height || 500, scale: FORMAT_SCALE});
+"""
+_COPY = """
+const text = CODE, button = this, label = button.textContent;
+const selected = () => { // where the clipboard is refused, as on a page of another machine without TLS
+  const field = document.body.appendChild(document.createElement("textarea"));
+  field.value = text; field.select();
+  const done = document.execCommand("copy");
+  field.remove(); button.focus();
+  return done; };
+const copied = done => { button.textContent = done ? "Copied" : "Not allowed by the browser";
+  setTimeout(() => { button.textContent = label; }, 2000); };
+(navigator.clipboard ? navigator.clipboard.writeText(text) : Promise.reject()).then(() => true, selected).then(copied);
 """
 _TABLE = """
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; width: 100%; }
@@ -226,24 +239,34 @@ def _formats(rows: pd.DataFrame) -> dict[str, Callable[[Any], str]]:
     return {column: "{:,}".format for column in integers}
 
 
-def figure(drawn: go.Figure, name: str, numbers: Callable[[], pd.DataFrame] | None = None, **more: Any) -> pn.Column:
-    """Return a figure with buttons that save it as SVG, PNG and, if `numbers` is given, CSV."""
+def figure(
+    drawn: go.Figure,
+    name: str,
+    numbers: Callable[[], pd.DataFrame] | None = None,
+    *,
+    python: str = "",
+    click: Callable[[Any], None] | None = None,
+) -> pn.Column:
+    """Return a figure with buttons that save it as SVG, PNG and, if `numbers` is given, CSV.
+
+    python: code that draws it, which a button copies. click: called with what plotly reports of a click.
+    """
     drawn.update_layout(meta=name, width=None)
     _without_empty_legend(drawn)
     # plotly offers to upload a chart unless it is told not to
     config = {"showSendToCloud": False, "displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["toImage"]}
-    pane = pn.pane.Plotly(drawn, sizing_mode="stretch_width", config=config)
-    if click := more.get("click"):
+    pane = pn.pane.Plotly(drawn, sizing_mode="stretch_width", styles=_READABLE, config=config)
+    if click is not None:
         pane.param.watch(lambda event: click(event.new), "click_data")
-    buttons = [_save_buttons(name), *([_csv(numbers, name)] if numbers is not None else [])]
+    buttons = [_save_buttons(name, python), *([_csv(numbers, name)] if numbers is not None else [])]
     tools = pn.Row(*buttons, css_classes=["wb-tools"], margin=(0, 6, 4, 6))
     return pn.Column(
         pane, tools, sizing_mode="stretch_width", css_classes=["wb-figure"], stylesheets=[FIGURE_CSS], margin=(6, 6)
     )
 
 
-def _save_buttons(name: str) -> pn.pane.HTML:
-    """Return the buttons that save the figure of this name as SVG and PNG.
+def _save_buttons(name: str, python: str) -> pn.pane.HTML:
+    """Return the buttons that save the figure of this name as SVG and PNG, and copy the code that draws it.
 
     Two of Panel's buttons with their scripts would take the server 12 ms of the 200 ms of a change of selection.
     """
@@ -251,6 +274,10 @@ def _save_buttons(name: str) -> pn.pane.HTML:
     for suffix, scale in (("svg", 1), ("png", 3)):
         code = _SAVE.replace("NAME", json.dumps(name)).replace("FORMAT_SCALE", str(scale)).replace("FORMAT", suffix)
         texts.append(f'<button type="button" class="wb-save" onclick="{escape(code)}">{suffix.upper()}</button>')
+    if python:
+        code = escape(_COPY.replace("CODE", json.dumps(python)))
+        text = "Copy as Python"
+        texts.append(f'<button type="button" class="wb-save" aria-live="polite" onclick="{code}">{text}</button>')
     return pn.pane.HTML("".join(texts), margin=(2, 0), stylesheets=[PARTS_CSS])
 
 
@@ -412,3 +439,8 @@ def list_box(name: str, options: Mapping[str, Any], value: Any) -> pn.widgets.Se
 def select(name: str, options: Sequence[str] | Mapping[str, Any], value: Any, **more: Any) -> pn.widgets.Select:
     """Return a select widget for the sidebar."""
     return pn.widgets.Select(label=name, options=options, value=value, **({"width": WIDTH} | more))
+
+
+def wide_select(name: str, options: Mapping[str, Any], value: Any) -> pn.widgets.Select:
+    """Return a select widget for the main area, whose options are too long for the sidebar."""
+    return select(name, options, value, width=None, max_width=420, sizing_mode="stretch_width")

@@ -76,17 +76,19 @@ def served(run: Path) -> Iterator[str]:
 
 
 def settle(page: Page, text: str) -> None:
-    """Wait until a text is shown and the page has not changed for three seconds."""
+    """Wait until a text is shown and the page has neither been busy nor changed for three seconds."""
     if text:
         page.get_by_text(text).first.wait_for(timeout=1000 * _SECONDS)
-    size = """() => { let n = 0; const walk = root => { for (const e of root.querySelectorAll('*')) {
-        n += 1 + (e.childElementCount ? 0 : (e.textContent || '').length); if (e.shadowRoot) walk(e.shadowRoot); } };
-        walk(document); return n }"""
+    size = """() => { let n = 0, busy = document.documentElement.matches('.wb-waits');
+        const walk = root => { for (const e of root.querySelectorAll('*')) {
+          n += 1 + (e.childElementCount ? 0 : (e.textContent || '').length); busy ||= e.matches('.loader.spin');
+          if (e.shadowRoot) walk(e.shadowRoot); } };
+        walk(document); return busy ? 0 : n }"""
     before, equal = -1, 0
     for _ in range(2 * _SECONDS):
         page.wait_for_timeout(500)
         now = page.evaluate(size)
-        equal = equal + 1 if now == before else 0
+        equal = equal + 1 if now == before and now else 0
         before = now
         if equal == 6:
             return

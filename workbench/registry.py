@@ -35,9 +35,9 @@ _PACKAGES = ("workbench.studies", "workbench.experiments")
 # what records a quantity, where it is not `--record` with its name
 _REMEDIES = {
     "host_routing": "--routing host",
-    "activations": "--record resid_post, or another hook point",
+    "activations": "--record resid_post",
     "neurons": "--record routing --record neurons",
-    "features": "--record features:FOLDER of an autoencoder",
+    "features": "--record features:FOLDER",
 }
 _LARGEST = 10**9  # of an option: a count that no machine could hold
 _NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")  # a name becomes part of file names and of addresses

@@ -8,8 +8,11 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
+from rich.text import Text
 
 from tests.cli.running import run_command
 from tests.conftest import DATA
@@ -106,6 +109,23 @@ def test_a_mistake_is_one_line_exit_2_and_no_file_remains(
     assert message in err
     assert len(err.strip().splitlines()) == 1
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def hidden(command: Any, path: str = "workbench") -> dict[str, str]:
+    """Return the help texts of a command that a terminal would not show as they are: rich reads [words] as a style."""
+    context = command.context_class(command, info_name=path)
+    texts = {path: command.help or "", **{f"{path} {p.name}": p.help or "" for p in command.params}}
+    lost = {name: text for name, text in texts.items() if Text.from_markup(text).plain != text}
+    for name in command.list_commands(context) if hasattr(command, "list_commands") else ():
+        lost |= hidden(command.get_command(context, name), f"{path} {name}")
+    return lost
+
+
+def test_help_shows_each_text_with_its_default() -> None:
+    assert hidden(typer.main.get_command(cli.app)) == {}
+    broken = typer.Typer()
+    broken.command(help="Generate answers [default: all].")(lambda: None)
+    assert hidden(typer.main.get_command(broken)) != {}, "negative control: defaults once were in brackets"
 
 
 def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ import pytest
 from tests.cli.running import run_command
 from tests.model.formats import gguf_files as files
 from tests.model.formats.mlx_files import as_mlx
+from workbench.hooks.names import BLOCK, FIRST, LAST
 from workbench.model.checkpoint import BUNDLED, open_checkpoint
 from workbench.model.export import save_checkpoint
 
@@ -23,6 +24,9 @@ def test_info_names_sizes_and_hook_points() -> None:
     text = run_command("info", "nano").out
     for word in ("attn.hook_sink", "batch pos slot d_mlp", "parameters", "experts_per_token"):
         assert word in text
+    listed = [line.split("│")[1].strip() for line in text.splitlines() if line.startswith("│") and "hook_" in line]
+    block = [f"blocks.{{l}}.{name}" for name in BLOCK]
+    assert listed == [*FIRST, *block, *LAST], "whole names in a terminal of 80 columns, in the order of the pass"
 
 
 def test_info_plans_a_published_shape_without_its_weights() -> None:

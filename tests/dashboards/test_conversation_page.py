@@ -202,5 +202,11 @@ def test_conversations_are_searched_by_their_text(demo: str, browser: Browser) -
     box.fill("1")
     box.press("Enter")
     session.page.wait_for_url(re.compile("find=1&|find=1$"))
-    expect(frame_of(session).locator("#text")).to_contain_text("Reasoning: low")
+    frame = frame_of(session)
+    expect(frame.locator("#text")).to_contain_text("Reasoning: low")
+    expect(frame.get_by_label("search text")).to_have_value("1")
+    expect(frame.locator("#hits")).to_contain_text("hit")
+    expect(frame.locator(".t.at")).to_contain_text("1")
+    session.page.goto(f"{demo}/transcript?find=chain-00&pin=3")  # an id, which is in no text, and a chosen token
+    expect(frame_of(session).get_by_label("search text")).to_have_value("")
     assert session.errors == []

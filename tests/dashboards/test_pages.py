@@ -259,6 +259,13 @@ def test_a_narrow_window_has_a_menu_and_nothing_beyond_its_edge(demo: str, brows
     expect(navigation).to_be_visible()
     navigation.click()
     session.page.wait_for_url(re.compile("/sinks"))
+    session.page.set_viewport_size({"width": 420, "height": 800})
+    for page in ("sinks", "transcript"):
+        session.page.goto(f"{demo}/{page}")
+        expect(session.page.locator("iframe, .js-plotly-plot").first).to_be_visible()
+        session.page.wait_for_function("document.documentElement.scrollWidth <= 420")
+    width = frame_of(session).locator("#text").evaluate("e => e.clientWidth")
+    assert width > 250, "the text is beside nothing"
 
 
 def test_the_small_map_of_a_conversation_colours_by_the_clicked_expert(demo: str, browser: Browser) -> None:

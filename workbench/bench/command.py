@@ -35,7 +35,7 @@ def _output(path: Path | None, overwrite: bool) -> Callable[[Any], None]:
 @app.command()
 def cpu(
     tokens: Annotated[
-        list[int] | None, typer.Option(min=1, help="Sequence length; repeat for several. [default: 512, 2048, 4096]")
+        list[int] | None, typer.Option(min=1, help="Sequence length; repeat for several. (default: 512, 2048, 4096)")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Measured passes of each program.")] = 5,
     long: Annotated[int | None, typer.Option(min=1, help="Also run one recorded pass of this many tokens.")] = None,
@@ -67,7 +67,7 @@ def full(
         str | None,
         typer.Option(
             help="Checkpoint folder, .gguf file, 'nano', ollama:NAME, or a Hugging Face id. "
-            "[default: random weights in the shape of 20b (13 GB of disk)]"
+            "(default: random weights in the shape of 20b (13 GB of disk))"
         ),
     ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of the captured sequence.")] = 1024,
@@ -90,12 +90,12 @@ def graph(
         str | None,
         typer.Argument(
             help="Checkpoint folder, .gguf file, 'nano', ollama:NAME, or a Hugging Face id. "
-            "[default: random weights in the shape of 20b (13 GB of disk)]"
+            "(default: random weights in the shape of 20b (13 GB of disk))"
         ),
     ] = None,
     tokens: Annotated[int, typer.Option(min=2, help="Tokens of the explained sequence.")] = 256,
     layers: Annotated[
-        int | None, typer.Option(min=1, max=24, help="Layers of the random weights. [default: all]")
+        int | None, typer.Option(min=1, max=24, help="Layers of the random weights. (default: all)")
     ] = None,
     device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda, mps or cuda:0.")] = "cpu",
     rounds: Annotated[int, typer.Option(min=1, help="Graphs that are made.")] = 2,
@@ -194,7 +194,7 @@ def dashboard(
     sessions: Annotated[int, typer.Option(min=1, help="Sessions that change a selection at the same time.")] = 5,
     results: Annotated[
         Path | None,
-        typer.Option(help="Folder in which results of studies are kept for another measurement. [default: none]"),
+        typer.Option(help="Folder in which results of studies are kept for another measurement. (default: none)"),
     ] = None,
     out: Json = None,
     overwrite: Overwrite = False,
@@ -209,10 +209,10 @@ def dashboard(
 @app.command()
 def kernels(
     target: Annotated[
-        list[str] | None, typer.Option(help="GPU target, such as sm_90 or gfx942; repeat for several. [default: all]")
+        list[str] | None, typer.Option(help="GPU target, such as sm_90 or gfx942; repeat for several. (default: all)")
     ] = None,
     kernel: Annotated[
-        list[str] | None, typer.Option(help="Kernel, such as moe.gate_up; repeat for several. [default: all]")
+        list[str] | None, typer.Option(help="Kernel, such as moe.gate_up; repeat for several. (default: all)")
     ] = None,
     write: Annotated[bool, typer.Option(help="Write kernels/gpu/REPORT.md.")] = False,
     out: Json = None,
@@ -230,7 +230,7 @@ def kernels(
 @app.command()
 def gpu(
     stage: Annotated[
-        list[str] | None, typer.Option(help="kernels, models or baselines; repeat for several. [default: all]")
+        list[str] | None, typer.Option(help="kernels, models or baselines; repeat for several. (default: all)")
     ] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Measured launches of each kernel.")] = 20,
     assembler: Annotated[

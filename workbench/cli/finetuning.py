@@ -19,15 +19,15 @@ def finetune(
     out: Annotated[Path, typer.Option(help="PEFT folder to write.")],
     part: Annotated[
         list[str] | None,
-        typer.Option(help="attention, router or experts; repeat for several. [default: attention, experts]"),
+        typer.Option(help="attention, router or experts; repeat for several. (default: attention, experts)"),
     ] = None,
     rank: Annotated[int, typer.Option(min=1, max=1024, help="Rank of the updates.")] = 8,
     alpha: Annotated[float, typer.Option(help="Updates are scaled by alpha / rank.")] = 16.0,
     channel: Annotated[
         list[str] | None,
-        typer.Option(help="Teach only messages in this channel; repeat for several. [default: all of an answer]"),
+        typer.Option(help="Teach only messages in this channel; repeat for several. (default: all of an answer)"),
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Number of steps. [default: one pass over the data]")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Number of steps. (default: one pass over the data)")] = None,
     batch: Annotated[int, typer.Option(min=1, max=10**6, help="Conversations of a step.")] = 8,
     learning_rate: Annotated[float, typer.Option(help="Largest learning rate of AdamW.")] = 2e-4,
     weight_decay: Annotated[float, typer.Option(min=0, help="Weight decay of AdamW.")] = 0.0,

@@ -21,14 +21,14 @@ def graph(
     out: Annotated[Path, typer.Option(help="JSON file to write, in circuit-tracer's format; .graphml writes GraphML.")],
     effort: Annotated[str, typer.Option(help="Reasoning effort: low, medium or high.")] = "medium",
     target: Annotated[
-        str | None, typer.Option(help="Token whose logit is explained. [default: the token of the answer]")
+        str | None, typer.Option(help="Token whose logit is explained. (default: the token of the answer)")
     ] = None,
     against: Annotated[
-        str | None, typer.Option(help="Token whose logit is subtracted. [default: the mean of all logits]")
+        str | None, typer.Option(help="Token whose logit is subtracted. (default: the mean of all logits)")
     ] = None,
     at: Annotated[
         int | None,
-        typer.Option(help="Number of the generated token to explain, from 0. [default: the first of the final answer]"),
+        typer.Option(help="Number of the generated token to explain, from 0. (default: the first of the final answer)"),
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Generate at most this many tokens.")] = 512,
     nodes: Annotated[float, typer.Option(min=0.01, max=1, help="Share of the influence that the nodes keep.")] = 0.8,
@@ -40,7 +40,7 @@ def graph(
         str | None,
         typer.Option(
             help="Id of the model at Neuronpedia, or ./data/FOLDER of pages for circuit-tracer's viewer. "
-            "[default: gpt-oss-20b or gpt-oss-120b by shape, else gpt-oss]"
+            "(default: gpt-oss-20b or gpt-oss-120b by shape, else gpt-oss)"
         ),
     ] = None,
     labels: Annotated[
@@ -137,8 +137,8 @@ def graph_ablation(
     node: Annotated[
         list[str] | None,
         typer.Option(
-            help="Id of a node to ablate, as 1_2_17; repeat for several. [default: the most influential heads, experts "
-            "and neurons]"
+            help="Id of a node to ablate, as 1_2_17; repeat for several. (default: the most influential heads, experts "
+            "and neurons)"
         ),
     ] = None,
     top: Annotated[int, typer.Option(min=1, max=200, help="Without --node, ablate this many nodes.")] = 5,
@@ -266,9 +266,9 @@ def attention(
     id: Annotated[str, typer.Argument(help="Id or number of a sequence.")],
     model: Annotated[str, typer.Option(help="The model that the run was captured from, as for `capture`.")],
     out: Annotated[Path, typer.Option(help="NumPy archive to write.")] = Path("attention.npz"),
-    layers: Annotated[str | None, typer.Option(help="Layers, as in 0-3 or 0,2. [default: all]")] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers, as in 0-3 or 0,2. (default: all)")] = None,
     tokens: Annotated[
-        str | None, typer.Option(help="Tokens, as in 100-227. [default: from 0, as many as fit 4 million values]")
+        str | None, typer.Option(help="Tokens, as in 100-227. (default: from 0, as many as fit 4 million values)")
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "float32",

@@ -21,7 +21,7 @@ def label(
     host: Annotated[str | None, typer.Option(help="Base URL of an OpenAI-compatible API that proposes labels.")] = None,
     model: Annotated[str | None, typer.Option(help="Name of the model at the host.")] = None,
     layers: Annotated[
-        list[int] | None, typer.Option(help="Propose labels in this layer; repeat for several. [default: all]")
+        list[int] | None, typer.Option(help="Propose labels in this layer; repeat for several. (default: all)")
     ] = None,
     key_env: Annotated[str, typer.Option(help="Environment variable with the API key.")] = "OPENAI_API_KEY",
     timeout: Annotated[float, typer.Option(min=1, max=1e6, help="Seconds to wait for an answer.")] = 600.0,

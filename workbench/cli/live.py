@@ -74,7 +74,7 @@ def live(
 def apply(
     recipe: Annotated[Path, typer.Argument(help="Recipe (JSON), as the live page saves it.")],
     model: Annotated[
-        str | None, typer.Option(help="Checkpoint to use. [default: the one that the recipe names]")
+        str | None, typer.Option(help="Checkpoint to use. (default: the one that the recipe names)")
     ] = None,
     prompts: Annotated[
         Path | None, typer.Option(help="JSONL of prompts: compare accuracy on them without and with the interventions.")

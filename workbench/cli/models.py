@@ -34,7 +34,7 @@ def info(
     ],
     tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="Tokens of a forward pass. [default: 4096, or the context length if smaller]"),
+        typer.Option(min=1, help="Tokens of a forward pass. (default: 4096, or the context length if smaller)"),
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Sequences generated together.")] = 1,
     memory: Annotated[str, typer.Option(help="Memory of one GPU, as in 80GB or 24GiB.")] = "80GB",
@@ -129,8 +129,8 @@ def convert_weights(
 def random(
     out: Annotated[Path, typer.Argument(help="Checkpoint folder to write.")],
     size: Annotated[str, typer.Option(help="Published shape: 20b or 120b.")] = "20b",
-    layers: Annotated[int | None, typer.Option(min=1, help="Number of layers. [default: as published]")] = None,
-    vocab: Annotated[int | None, typer.Option(min=72, help="Vocabulary size. [default: as published]")] = None,
+    layers: Annotated[int | None, typer.Option(min=1, help="Number of layers. (default: as published)")] = None,
+    vocab: Annotated[int | None, typer.Option(min=72, help="Vocabulary size. (default: as published)")] = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,
 ) -> None:

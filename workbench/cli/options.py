@@ -11,7 +11,7 @@ from workbench.memory import MODEL_BYTES, refuse_small_limit
 Model = Annotated[str, typer.Argument(help="Checkpoint folder, .gguf file, 'nano', ollama:NAME, or a Hugging Face id.")]
 RunPath = Annotated[str, typer.Argument(help="Run written by `workbench capture`: a folder, or a URL such as s3://….")]
 Prompts = Annotated[Path, typer.Argument(help="JSON Lines with id and messages, and optionally expected and meta.")]
-Efforts = Annotated[list[str] | None, typer.Option(help="low, medium, high; repeat for several. [default: all three]")]
+Efforts = Annotated[list[str] | None, typer.Option(help="low, medium, high; repeat for several. (default: all three)")]
 Samples = Annotated[int, typer.Option(min=1, max=10**6, help="Samples for each prompt and effort.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, mps, cuda:0, or several devices as in cuda:0,cuda:1.")]
 Dtype = Annotated[str, typer.Option(help="bfloat16, or float32 for all arithmetic in float32.")]
@@ -41,7 +41,7 @@ Record = Annotated[
     typer.Option(
         help="routing, router_logits, sinks, sink_sums, logprobs, examples, neurons, features:FOLDER, a hook point, or "
         "FILE.py:NAME of a recorder, with options as in 'resid_post layers=0-3'; see `workbench capture`. "
-        "[default: routing, sinks, logprobs]"
+        "(default: routing, sinks, logprobs)"
     ),
 ]
 Exclude = Annotated[str | None, typer.Option(help="Leave sequences with these flags out, as in irregular,truncated.")]
@@ -68,7 +68,7 @@ UnitTokens = Annotated[
 
 TokensPerSecond = Annotated[
     float | None,
-    typer.Option(min=1e-3, max=1e9, help="Plan with this speed. [default: measured, or estimated for an H100]"),
+    typer.Option(min=1e-3, max=1e9, help="Plan with this speed. (default: measured, or estimated for an H100)"),
 ]
 
 

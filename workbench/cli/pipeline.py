@@ -93,10 +93,10 @@ def transcripts(
     effort: Efforts = None,
     samples: Samples = 1,
     temperature: Annotated[
-        float | None, typer.Option(min=0, max=1e6, help="Sampling temperature. [default: the API's]")
+        float | None, typer.Option(min=0, max=1e6, help="Sampling temperature. (default: the API's)")
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Limit of the tokens of a response. [default: the API's]")
+        int | None, typer.Option(min=1, help="Limit of the tokens of a response. (default: the API's)")
     ] = None,
     api: Annotated[str, typer.Option(help="auto, chat, responses, completions, or vLLM's generate.")] = "auto",
     routing: Annotated[
@@ -104,7 +104,7 @@ def transcripts(
     ] = False,
     concurrency: Annotated[int, typer.Option(min=1, max=1024, help="Concurrent requests.")] = 8,
     requests_per_minute: Annotated[
-        float | None, typer.Option(min=0.01, max=1e9, help="Rate limit. [default: none]")
+        float | None, typer.Option(min=0.01, max=1e9, help="Rate limit. (default: none)")
     ] = None,
     timeout: Annotated[float, typer.Option(min=1, max=1e6, help="Timeout of a request in seconds.")] = 600,
     retries: Annotated[int, typer.Option(min=0, max=1000, help="Retries of a failed request.")] = 6,
@@ -115,7 +115,7 @@ def transcripts(
         str, typer.Option(help="JSON object of further request fields; {effort} is replaced by the effort.")
     ] = "{}",
     tokenizer: Annotated[
-        str | None, typer.Option(help="Checkpoint folder whose vocabulary completions use. [default: o200k_harmony]")
+        str | None, typer.Option(help="Checkpoint folder whose vocabulary completions use. (default: o200k_harmony)")
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
@@ -225,7 +225,7 @@ def capture(
         ),
     ] = False,
     tokens_per_second: TokensPerSecond = None,
-    log: Annotated[Path | None, typer.Option(help="Log file. [default: RUN.log]")] = None,
+    log: Annotated[Path | None, typer.Option(help="Log file. (default: RUN.log)")] = None,
     adapter: Adapter = None,
     device: Device = "auto",
     dtype: Dtype = "bfloat16",
@@ -322,7 +322,7 @@ def _show_plan(model: Any, transcripts: Path, run: str, **options: Any) -> None:
 def verify(
     run: RunPath,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Units checked in parallel. [default: the cores, at most 8]")
+        int | None, typer.Option(min=1, help="Units checked in parallel. (default: the cores, at most 8)")
     ] = None,
     add_checksums: Annotated[
         bool,
@@ -380,7 +380,7 @@ def export(
     out: Annotated[Path | None, typer.Option(help="File or folder to write; TARGET is then the format.")] = None,
     what: Annotated[str, typer.Option(help="tokens, or an activation as activations/resid_post.")] = "tokens",
     layers: Annotated[
-        list[int] | None, typer.Option(help="Layers of an activation; repeat for several. [default: all recorded]")
+        list[int] | None, typer.Option(help="Layers of an activation; repeat for several. (default: all recorded)")
     ] = None,
     channel: Annotated[list[str] | None, typer.Option(help="Export only these tokens; repeat for several.")] = None,
     role: Annotated[list[str] | None, typer.Option(help="Export only these tokens; repeat for several.")] = None,

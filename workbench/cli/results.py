@@ -145,7 +145,7 @@ def figures(
     run: RunPath,
     out: Annotated[Path, typer.Option(help="Folder to write to.")],
     format: Annotated[
-        list[str] | None, typer.Option(help="svg, pdf, png or html; repeat for several. [default: all]")
+        list[str] | None, typer.Option(help="svg, pdf, png or html; repeat for several. (default: all)")
     ] = None,
     column: Annotated[str, typer.Option(help="screen, single (89 mm) or double (183 mm).")] = "screen",
     which: Annotated[str, typer.Option("--set", help="all, main (for the text) or supplement.")] = "all",
@@ -177,7 +177,7 @@ def dashboard(
         str | None,
         typer.Option(
             help="Model that the runs were captured from, for attention patterns, ablations and the page Live. "
-            "[default: nano's patterns for its runs, no page Live]"
+            "(default: nano's patterns for its runs, no page Live)"
         ),
     ] = None,
     vector: Vectors = None,

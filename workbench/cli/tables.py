@@ -60,7 +60,7 @@ def _accuracy(run: Run) -> Table:
     marked = run.sequences[run.sequences["correct"] >= 0]
     efforts = [e for e in quick_look.options(run)["effort"] if e in set(marked["effort"])]
     rows = marked.pivot_table(index="task", columns="effort", values="correct", aggfunc="mean")[efforts]
-    table = Table("task", *efforts, title="share of right answers")
+    table = Table("task", *efforts, title="accuracy by task and effort")
     for task, row in rows.iterrows():
         table.add_row(escape(str(task)), *(f"{v:.2f}" for v in row))
     return table
@@ -85,7 +85,7 @@ def _experts(run: Run) -> Table:
 
 def _sinks(run: Run) -> Table:
     channels = [c for c in quick_look.options(run)["channel"] if c != quick_look.ALL]
-    table = Table("layer", *channels, title="mean probability on the sinks")
+    table = Table("layer", *channels, title="mean sink attention")
     mass = [quick_look.sinks(run, channel)["mass"].values.mean(-1) for channel in channels]
     for layer in range(run.model["n_layers"]):
         table.add_row(str(layer), *(f"{m[layer]:.3f}" for m in mass))

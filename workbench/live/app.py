@@ -110,7 +110,9 @@ def address_of_recipe(recipe: Recipe, theme: ThemeName, others: Mapping[str, str
 def recipe_of_address(text: str, server: ModelServer) -> tuple[Recipe, str]:
     """Return the recipe of an address, or a first one and what is wrong with that of the address."""
     first = Recipe(
-        user=_EXAMPLES.get(server.name, ""), model=server.name, max_new_tokens=min(256, server.limits.max_new_tokens)
+        user=_EXAMPLES.get(Path(server.name).name, ""),
+        model=server.name,
+        max_new_tokens=min(256, server.limits.max_new_tokens),
     )
     if not text:
         return first, ""

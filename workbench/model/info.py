@@ -84,7 +84,8 @@ def describe(about: Subject, plan: Plan) -> None:
         console.print(line, highlight=False, soft_wrap=True)
     console.print(f"Products of few rows on this CPU: {cpu.description()}.", highlight=False, soft_wrap=True)
     points = Table("hook point", "axes", "values per token", title="Hook points (block points once for each layer)")
-    for name, axes in FIRST.items() | {f"blocks.{{l}}.{n}": a for n, a in BLOCK.items()}.items() | LAST.items():
+    points.columns[0].no_wrap = True  # several names that are cut would look the same
+    for name, axes in (FIRST | {f"blocks.{{l}}.{n}": a for n, a in BLOCK.items()} | LAST).items():
         points.add_row(name, axes, f"{memory.width(cfg, axes):,}" + (" × keys" if "key_pos" in axes else ""))
     console.print(points)
 
