@@ -124,9 +124,8 @@ def notebook(*paths: str | Path, page: str = "overview", **chosen: str) -> pn.Co
     _load_widgets()
     registry, choice = RunRegistry(paths), Selection(chosen)
     body = pn.Column(sizing_mode="stretch_width")
-    pick = pn.widgets.RadioButtonGroup(
-        label="Page", options={title: path for path, title in page_titles().items()}, value=page
-    )
+    titles = {title: path for path, title in page_titles().items()}
+    pick = widgets.select("Page", titles, page)  # buttons of all pages would be wider than a cell
     runs = widgets.select("Run", registry.names, choice.get("run", registry.names))
 
     def show(*_: Any) -> None:

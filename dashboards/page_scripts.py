@@ -17,13 +17,24 @@ from panel.io.resources import Resources, bundle_resources
 _COMPONENTS: Sequence[Component] = ("bokeh", "bokeh-widgets", "bokeh-tables")
 _PLOTLY = "/plotlyplot/"  # in the address of Panel's script of plotly
 # An object in place of plotly takes the calls of Panel's figures, which wait for their results, until it is loaded.
+# Plotly gives its figures no name for screen readers: theirs is the title.
 _LOAD_LATER = """
 (() => {
   let plotly = null;
+  const name = figure => {
+    const title = figure.layout?.title, texts = [title?.text, title?.subtitle?.text].filter(Boolean);
+    if (!texts.length) return;
+    figure.setAttribute("role", "figure");
+    figure.setAttribute("aria-label", texts.join(". ").replace(/<[^>]*>/g, " ").replace(/\\s+/g, " "));
+  };
+  const naming = draw => async (...values) => { const figure = await draw(...values); name(figure); return figure; };
   const load = () => plotly ||= new Promise((resolve, reject) => {
     const script = document.createElement("script");
     script.src = ADDRESS;
-    script.onload = () => resolve(window.Plotly);
+    script.onload = () => {
+      for (const draw of ["newPlot", "react"]) window.Plotly[draw] = naming(window.Plotly[draw]);
+      resolve(window.Plotly);
+    };
     script.onerror = () => reject(new Error(`${ADDRESS} could not be loaded`));
     document.head.append(script);
   });

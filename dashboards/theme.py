@@ -151,6 +151,7 @@ border:1px solid var(--wb-control)!important;border-radius:6px;font-size:13px}
 .bk-btn.bk-active{background:var(--wb-accent)!important;color:var(--wb-on-accent)!important;
 border-color:var(--wb-accent)!important}
 .bk-btn:focus-visible,.bk-input:focus-visible{outline:3px solid var(--wb-accent);outline-offset:1px}
+.modebar-btn:focus-visible{outline:3px solid var(--wb-accent)!important}
 :host(.card-title){text-align:left!important}:host(.card-title) h3{margin:0;text-align:left}
 label{color:var(--wb-muted);font-size:var(--wb-small)}a{color:var(--wb-accent)}
 """

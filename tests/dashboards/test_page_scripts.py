@@ -10,7 +10,11 @@ from tests.dashboards.browsing import Session
 
 FIGURE = """async () => {
   const figure = document.body.appendChild(document.createElement("div"));
-  await window.Plotly.newPlot(figure, {data: [{type: "bar", x: ["a", "b"], y: [1, 2]}]});
+  const bars = {data: [{type: "bar", x: ["a", "b"], y: [1, 2]}]};
+  await window.Plotly.newPlot(figure, bars);
+  const before = figure.getAttribute("role");  // without a title
+  await window.Plotly.react(figure, {...bars, layout: {title: {text: "Load<br>by <i>layer</i>"}}});
+  window.figureName = [before, figure.getAttribute("role"), figure.getAttribute("aria-label")];
   return figure.querySelectorAll(".bars .point").length;
 }"""
 
@@ -36,6 +40,7 @@ def test_a_page_without_a_figure_asks_for_plotly_when_the_first_one_is_drawn(dem
     assert not any("plotly" in address for address in scripts)
     assert session.errors == []
     assert session.page.evaluate(FIGURE) == 2
+    assert session.page.evaluate("window.figureName") == [None, "figure", "Load by layer "], "for screen readers"
     assert len([address for address in scripts if "plotly" in address]) == 1
     assert session.errors == []
 
