@@ -253,7 +253,8 @@ def _from_plain(kind: type[_Fields], values: Mapping[str, Any]) -> _Fields:
         raise InputError(
             f"the run was recorded with {unknown[0]!r}, which this workbench does not have: update the workbench"
         )
-    return kind(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    plain: dict[str, Any] = {n: tuple(value) if isinstance(value, list) else value for n, value in values.items()}
+    return kind(**plain)
 
 
 @dataclass(frozen=True)
