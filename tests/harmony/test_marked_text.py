@@ -11,7 +11,7 @@ def pairs(text: str, **options: Any) -> list[tuple[str, str]]:
     return [(m["channel"], m["content"]) for m in read_output(text, **options).messages]
 
 
-DETAILS = '<details type="reasoning" done="true" duration="1">\n<summary>Thought for 1 second</summary>\n'
+DETAILS = '<details type="reasoning" done="true" duration="1">\n<summary>One second</summary>\n'
 BOTH = [("analysis", "It is 4."), ("final", "4")]
 
 
@@ -194,18 +194,3 @@ def test_marks_within_a_text_are_not_written_again_as_text() -> None:
     assert message["raw"] == f"<|start|>assistant{text}"
     assert "raw" not in read_output(text.replace("<|channel|>final<|message|>", "")).messages[0]  # negative control
     assert read_output("<|message|>4<|return|>").messages[0]["raw"].endswith("<|message|>4<|return|>")  # no channel
-
-
-def test_blocks_of_open_webui_are_reasoning_as_it_was_written() -> None:
-    quoted = "&gt; 1 &lt; 2\n&gt;\n&gt; so &amp;"
-    assert pairs(DETAILS + quoted + "\n</details>\n4") == [("analysis", "1 < 2\n\nso &"), ("final", "4")]
-    assert pairs(DETAILS + "> &lt;\n</details>\n4") == [("analysis", "&lt;"), ("final", "4")]
-    for text in (DETAILS + "> It is", DETAILS.replace("true", "false") + "> It is\n</details>"):
-        assert read_output(text).complete is False
-        assert pairs(text) == [("analysis", "It is")]
-    call = '<details type="tool_calls" name="f">\n</details>'
-    assert read_output(DETAILS + f"> It is 4.\n</details>\n{call}4").irregular
-    assert read_output(call + DETAILS + "> It is 4.\n</details>\n4").irregular
-    ordinary = "<details><summary>More</summary>\n> quoted\n</details>"  # negative control
-    assert pairs(ordinary) == [("final", ordinary)]
-    assert not read_output(ordinary).irregular

@@ -155,6 +155,11 @@ def test_a_config_survives_json(tmp_path: Path) -> None:
         ({"rope_theta": None}, "'rope_theta' is missing"),
         ({"rope_theta": 1}, "theta above 1"),
         ({"initial_context_length": 8192}, "4096 and rope_parameters.../initial_context_length 8192 contradict"),
+        # transformers would use max_position_embeddings, and not initial_context_length
+        (
+            {"rope_scaling": {"rope_type": "yarn", "factor": 32.0}},
+            "rope_parameters.'original_max_position_embeddings' is missing",
+        ),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
         ({"attention_bias": False}, "attention_bias"),
         ({"tie_word_embeddings": 1}, "tie_word_embeddings is 1, expected true or false"),

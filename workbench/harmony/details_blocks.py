@@ -1,7 +1,7 @@
 """Reasoning as Open WebUI exports it: a block `<details type="reasoning">` of quoted lines before the answer.
 
     <details type="reasoning" done="true" duration="3">
-    <summary>Thought for 3 seconds</summary>
+    <summary>…</summary>
     > 12 squared is 144.
     </details>
     144

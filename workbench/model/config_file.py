@@ -190,6 +190,9 @@ def _hugging_face_rope(fields: ConfigFields) -> Rope:
             rope.take("factor")
         read = Rope.plain(theta)
     elif kind == "yarn":
+        if "original_max_position_embeddings" not in rope.values:
+            # transformers does not read initial_context_length in its place, but max_position_embeddings
+            rope.take("original_max_position_embeddings")
         read = Rope(
             theta=theta,
             factor=rope.number("factor"),
