@@ -18,12 +18,12 @@ from workbench.figures.gallery import Gallery
 from workbench.figures.template import ThemeName
 from workbench.harmony.flags import SEQUENCE_FLAGS
 from workbench.runs import Run
+from workbench.runs.schema import SWITCHES
 from workbench.studies import quick_look
 from workbench.studies.quick_look import ALL
 
-# what `workbench capture --record` takes by its name alone
 _LISTED = 12  # values that a note lists; of more, which are numbers, the first and the last
-_WITHOUT_OPTIONS = ("routing", "router_logits", "sinks", "sink_sums", "logprobs", "examples", "neurons")
+_WITHOUT_OPTIONS = (*SWITCHES, "neurons")  # what `workbench capture --record` takes by its name alone
 
 
 @dataclass

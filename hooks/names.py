@@ -103,7 +103,9 @@ def full_name(key: Any, n_layers: int) -> str:
     """Return the hook point of a short name: "resid_post1", ("resid_post", 1), ("scale", 0, "ln1") or ("embed",).
 
     A negative layer counts from the last; a name with a dot or "hook_" is returned as it is.
-    Raises: InputError for a layer that the model does not have, or a key of another kind.
+
+    Raises:
+        InputError: the model has no such layer, or the key is of another kind.
     """
     parts = key if isinstance(key, tuple) else (key,)
     if not 1 <= len(parts) <= 3 or not isinstance(parts[0], str):

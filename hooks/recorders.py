@@ -42,7 +42,11 @@ class Recorder:
             self._devices.add(activation.device)
 
     def take(self) -> dict[str, Shaped[Tensor, "tokens *feature"]]:
-        """Return the values that were recorded since the last call; a hook point that never fired is an error."""
+        """Return the values that were recorded since the last call.
+
+        Raises:
+            RuntimeError: a hook point was not reached, as no pass ran while the hooks were on the model.
+        """
         silent = [name for name, parts in self._recorded.items() if not parts]
         if silent:
             raise RuntimeError(f"these hook points never fired: {silent}; run a pass while the hooks are on the model")

@@ -11,7 +11,6 @@ BatchTopK, arXiv 2412.06410.
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from workbench.bounded_json import read_json
 from workbench.errors import InputError
 from workbench.hooks.dictionary_learning import WEIGHTS as DICTIONARY_WEIGHTS
 from workbench.hooks.dictionary_learning import read_dictionary
+from workbench.hooks.names import closest_names
 
 _CONFIG, _WEIGHTS, _SPARSITY = "cfg.json", "sae_weights.safetensors", "sparsity.safetensors"
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -179,8 +179,7 @@ def splice(model: HookedRootModule, sae: SAE, at: str | None = None, *, use_erro
     if at is None:
         raise InputError("the SAE's folder does not state its hook point: give a hook point with `at`")
     if at not in model.hook_dict:
-        near = ", ".join(get_close_matches(at, model.hook_dict)) or "none of a similar name"
-        raise InputError(f"hook point {at!r} does not exist; near it: {near}")
+        raise InputError(f"the model has no hook point {at!r}; {closest_names(at, model.hook_dict)}")
     kinds = ("hook_sae_acts_post", "hook_sae_error") if use_error_term else ("hook_sae_acts_post",)
     points = {f"{at}.{kind}": HookPoint() for kind in kinds}
     if taken := model.hook_dict.keys() & points.keys():

@@ -1,6 +1,5 @@
 """Where edits act: layers, heads, experts and hook points by number or name, checked against the model they meet."""
 
-import difflib
 import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from workbench.errors import InputError
 from workbench.hooks.edits import Act
+from workbench.hooks.names import closest_names
 
 Layers = int | Collection[int]
 Points = Callable[[Any], list[tuple[str, Act]]]
@@ -101,8 +101,7 @@ def points_of(model: Any, points: str | Collection[str]) -> list[str]:
     names = [points] if isinstance(points, str) else list(points)
     for name in names:
         if name not in model.hook_dict:
-            near = difflib.get_close_matches(name, model.hook_dict, 3, 0.4)
-            raise InputError(f"the model has no hook point {name!r}; near it: {', '.join(near) or 'none'}")
+            raise InputError(f"the model has no hook point {name!r}; {closest_names(name, model.hook_dict)}")
     if not names:
         raise InputError("no hook point was given: give at least one name")
     return names

@@ -16,12 +16,20 @@ from tests.model.fake_gpus import run_on_gpus
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 # Notebook → a text of its cells → what stands there in a test without --long: the same cells with fewer sequences,
-# or fewer doses.
+# fewer doses, or commands of which only the first is a process of its own.
 LESS_WORK = {
     "causal": {
         "sequences=60": "sequences=30",
         "steer = run_experiment(": (
             "from workbench.experiments import steering\nsteering.DOSES = (-1.0, 1.0)\nsteer = run_experiment("
+        ),
+    },
+    "scale": {
+        "    print(subprocess.run(": (
+            "    if words[0] != 'info':\n"
+            "        from workbench.cli import app\n"
+            "        return app(list(map(str, words)), standalone_mode=False)\n"
+            "    print(subprocess.run("
         ),
     },
     "methods": {

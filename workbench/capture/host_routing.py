@@ -22,7 +22,8 @@ from workbench.model.config import Config
 def with_host_routes(rows: Sequence[Transcript], transcripts: str | Path, cfg: Config) -> list[Transcript]:
     """Return the transcripts with the experts that the host chose.
 
-    Raises: InputError if a row has none, or those of another model.
+    Raises:
+        InputError: a row has none, or those of another model.
     """
     if not sidecar(transcripts).exists():
         raise InputError(

@@ -33,10 +33,9 @@ from workbench.capture.recorder import Recorder, from_file
 from workbench.errors import InputError
 from workbench.hooks.names import BLOCK
 from workbench.model.config import Config
-from workbench.runs.schema import Activation, Record, Spec
+from workbench.runs.schema import SWITCHES, Activation, Record, Spec
 
 DEFAULT = ("routing", "sinks", "logprobs")
-_SWITCHES = ("routing", "router_logits", "sinks", "sink_sums", "logprobs", "examples")
 PER_TOKEN = {name: axes.split()[2:] for name, axes in BLOCK.items() if axes.startswith("batch pos ")}
 _HAS_ITS_OWN_NAME = {
     "mlp.router.hook_out": "router_logits",
@@ -74,13 +73,13 @@ def parse(record: Sequence[RecordOption] | str, cfg: Config, routing: str = "own
     record = [" ".join(r.split()) if isinstance(r, str) else r for r in record]
     if repeated := [r for i, r in enumerate(record) if r in record[:i]]:
         raise InputError(f"--record names {_shown(repeated[0])} twice: give it once")
-    switches: dict[str, Any] = {name: name in record for name in _SWITCHES}
+    switches: dict[str, Any] = {name: name in record for name in SWITCHES}
     neurons = [r for r in record if isinstance(r, str) and r.partition(":")[0].split(" ")[0] == "neurons"]
     if len(neurons) > 1:
         raise InputError("--record names neurons twice: give all of its layers once, as in neurons:3,7")
     features = [r for r in record if isinstance(r, str) and feature_lists.is_record(r)]
     others = [r for r in record if r not in neurons and r not in features]
-    parsed = [_parsed(r, cfg) for r in others if not (isinstance(r, str) and r in _SWITCHES)]
+    parsed = [_parsed(r, cfg) for r in others if not (isinstance(r, str) and r in SWITCHES)]
     selected = [a for one in parsed for a, _ in one]
     functions = {a.name: function for one in parsed for a, function in one if function is not None}
     _refuse_repeated(selected, switches)
@@ -142,7 +141,7 @@ def _parsed(record: RecordOption, cfg: Config) -> list[tuple[Activation | Record
         return [own_record.parse(from_file(name).with_options(record_options.read(record, words)), cfg)]
     point, _, layers = name.partition(":")
     options = record_options.read(record, [*([f"layers={layers}"] if layers else []), *words])
-    if point in _SWITCHES:
+    if point in SWITCHES:
         return [(a, None) for a in _selected(record, point, options, cfg)]
     return [(_activation(record, point, options, cfg), None)]
 
@@ -155,7 +154,7 @@ def _is_own(name: str) -> bool:
 
 def _hook_of(point: str) -> str | None:
     """Return the hook point of a block with this name, `hook_` being optional."""
-    if point in _SWITCHES:
+    if point in SWITCHES:
         return point
     return own_record.block_hook(point)
 
@@ -240,7 +239,7 @@ def _refuse_unknown(where: str, point: str, hook: str | None) -> None:
     if hook is None:
         known = sorted(h.replace("hook_", "") for h in PER_TOKEN if h not in _HAS_ITS_OWN_NAME)
         raise InputError(
-            f"{where}: cannot record {point!r}: choose from {', '.join(_SWITCHES)}, neurons, features:FOLDER, or the "
+            f"{where}: cannot record {point!r}: choose from {', '.join(SWITCHES)}, neurons, features:FOLDER, or the "
             f"hook points {', '.join(known)}, or name a recorder as FILE.py:NAME"
         )
 

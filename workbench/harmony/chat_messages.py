@@ -82,7 +82,8 @@ def from_chat_messages(
     builtin: tools whose calls go to them by their own name. truncated: whether the last answer was cut off. split:
     whether an assistant's text may hold its reasoning, in marks or in tags; a message given to a model may not.
 
-    Raises: InputError for a message that cannot be rendered.
+    Raises:
+        InputError: a message cannot be rendered.
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
         check_messages(messages)

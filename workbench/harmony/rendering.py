@@ -40,7 +40,8 @@ def render(
     without one it names none, or today if the checkpoint has a chat template. The analysis of earlier turns is left
     out, as the official chat template does.
 
-    Raises: InputError for messages and options that cannot be rendered.
+    Raises:
+        InputError: the messages or options cannot be rendered.
     """
     chat = from_chat_messages(messages, builtin=builtin_tools or ())
     if chat.left_out:

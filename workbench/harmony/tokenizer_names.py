@@ -85,7 +85,9 @@ class TokenizerNames:
         padding: fill rows of unequal length with `pad_token_id` on `padding_side`. truncation: cut rows that are longer
         than `max_length`. return_tensors: "pt" for torch tensors, "np" for arrays, both [batch, pos].
         add_special_tokens changes nothing: harmony adds none.
-        Raises: InputError for text that the vocabulary cannot express, or rows of unequal length without padding.
+
+        Raises:
+            InputError: the vocabulary cannot express a text, or rows of unequal length are not padded.
         """
         if truncation != (max_length is not None):
             raise InputError("truncation needs both truncation=True and max_length")
@@ -108,7 +110,8 @@ class TokenizerNames:
     def encode_with_special(self, text: str) -> list[int]:
         """Return the ids of a text, in which the name of a special token, as in `<|start|>`, stands for that token.
 
-        Raises: InputError for what the vocabulary cannot express.
+        Raises:
+            InputError: the vocabulary cannot express a text.
         """
         if not isinstance(text, str):
             raise InputError(f"a text was expected, got {type(text).__name__}: {text!r:.60}")
@@ -135,7 +138,8 @@ class TokenizerNames:
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
         """Return the id of a token's text, or the ids of a list of them.
 
-        Raises: InputError for a text that is not one token.
+        Raises:
+            InputError: a text is not one token.
         """
         if not isinstance(tokens, str):
             return [self.convert_tokens_to_ids(token) for token in tokens]
@@ -169,14 +173,22 @@ class TokenizerNames:
 
 
 def padding_side(side: str) -> Literal["left", "right"]:
-    """Return the side. Raises: InputError for anything but "left" and "right"."""
+    """Return the side.
+
+    Raises:
+        InputError: it is neither "left" nor "right".
+    """
     if side not in ("left", "right"):
         raise InputError(f"padding_side {side!r} is unknown: use 'left' or 'right'")
     return "left" if side == "left" else "right"
 
 
 def plain_ids(ids: Any) -> list[int]:
-    """Return ids from a number, list, array or tensor. Raises: InputError for anything but whole numbers from 0."""
+    """Return ids from a number, list, array or tensor.
+
+    Raises:
+        InputError: something is not a whole number from 0.
+    """
     values = ids.tolist() if hasattr(ids, "tolist") else ids
     row = [values] if isinstance(values, int) else list(values)
     try:

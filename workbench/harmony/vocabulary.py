@@ -74,7 +74,8 @@ class Tokenizer(TokenizerNames, ABC):
     def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
         """Return the text of an id or of a row of ids, special tokens by name; invalid UTF-8 becomes U+FFFD.
 
-        Raises: InputError for what is not a whole number from 0.
+        Raises:
+            InputError: an id is not a whole number from 0.
         """
         row = plain_ids(ids)
         return self._decode([id for id in row if id not in self._special_ids] if skip_special_tokens else row)

@@ -22,7 +22,11 @@ class ActivationCache(_ActivationCache):
     """Activations by name; `cache["resid_post", -1]` is the last layer's, `cache["router", 0]` its router logits."""
 
     def __getitem__(self, key: Any) -> Tensor:
-        """Return an activation. Raises: InputError for a name that is not in the cache, with the nearest ones."""
+        """Return an activation.
+
+        Raises:
+            InputError: no activation in the cache has this name; the message lists the nearest ones.
+        """
         if isinstance(key, str) and key in self.cache_dict:
             return self.cache_dict[key]
         name = full_name(key, self.model.cfg.n_layers)

@@ -52,7 +52,9 @@ def read_batch(
     are padded on `padding_side`, by default the tokenizer's. For a tensor, `padding_side` states that `pad_token_id` at
     that side is padding; without it every id counts. attention_mask [batch pos]: 1 for tokens, 0 for padding before
     or after them.
-    Raises: InputError for what is neither text nor ids of the vocabulary, and for rows without a token.
+
+    Raises:
+        InputError: the input is neither text nor ids of the vocabulary, or a row has no token.
     """
     if isinstance(given, Mapping) and "input_ids" in given:
         attention_mask = given.get("attention_mask") if attention_mask is None else attention_mask
@@ -75,7 +77,11 @@ def read_batch(
 
 
 def encode(model: Any, text: str, prepend_bos: bool | None = None) -> list[int]:
-    """Return a text's ids. Raises: InputError for a model without a tokenizer, or prepend_bos without such a token."""
+    """Return a text's ids.
+
+    Raises:
+        InputError: the model has no tokenizer, or `prepend_bos` is True and the vocabulary has no such token.
+    """
     tokenizer = need_tokenizer(model)
     ids: list[int] = tokenizer.encode_with_special(text)
     if not prepend_bos:
@@ -86,7 +92,11 @@ def encode(model: Any, text: str, prepend_bos: bool | None = None) -> list[int]:
 
 
 def need_tokenizer(model: Any) -> Any:
-    """Return the model's tokenizer. Raises: InputError if it has none."""
+    """Return the model's tokenizer.
+
+    Raises:
+        InputError: it has none.
+    """
     if model.tokenizer is None:
         raise InputError(
             "this model has no tokenizer: pass ids, or set model.tokenizer = workbench.harmony.tokenizer()"
@@ -99,7 +109,8 @@ def pad(
 ) -> tuple[Int[Tensor, "batch pos"], list[int], list[int]]:
     """Return rows of ids as one tensor on the CPU, and how many tokens of padding and of its own each has.
 
-    Raises: InputError for no rows, or a row without a token.
+    Raises:
+        InputError: there are no rows, or a row has no token.
     """
     if not rows or not all(len(row) for row in rows):
         empty = "no rows" if not rows else f"row {next(i for i, row in enumerate(rows) if not len(row))} is empty"
@@ -116,7 +127,11 @@ def pad(
 
 
 def plain_row(row: Any, model: Any) -> list[int]:
-    """Return one row of ids as a list. Raises: InputError for anything else."""
+    """Return one row of ids as a list.
+
+    Raises:
+        InputError: the input is anything else.
+    """
     if isinstance(row, str):
         raise InputError(f"expected a list of texts or of ids, not both: got the text {row!r:.60}")
     if len(row) == 0:
@@ -128,7 +143,11 @@ def plain_row(row: Any, model: Any) -> list[int]:
 
 
 def check_ids(tokens: Int[Tensor, "*any"], model: Any) -> Int[Tensor, "*any"]:
-    """Return the ids as int64. Raises: InputError if there are none, or one is not of the vocabulary."""
+    """Return the ids as int64.
+
+    Raises:
+        InputError: there are none, or one is not of the vocabulary.
+    """
     if not tokens.numel():
         raise InputError(f"no tokens: got ids of shape {list(tokens.shape)}, expected at least one in every row")
     least, most = (int(v) for v in torch.aminmax(tokens))

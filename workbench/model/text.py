@@ -49,7 +49,9 @@ class TextMethods:
         padding_side: where shorter rows get `tokenizer.pad_token_id`, by default `tokenizer.padding_side`; tell the
         model with `padding_side` or `attention_mask`, or pass it the texts themselves. truncate: cut rows that are
         longer than the context `cfg.n_ctx`.
-        Raises: InputError for what the vocabulary cannot express, or a text without a token.
+
+        Raises:
+            InputError: the vocabulary cannot express a text, or a text has no token.
         """
         texts = [input] if isinstance(input, str) else input
         if not isinstance(texts, Sequence) or not texts:
@@ -76,7 +78,9 @@ class TextMethods:
         """Return the text of each token of a text or of ids; of a list of texts, or of several rows, a list for each.
 
         Padding that `read_batch` would add is left out.
-        Raises: InputError for what is neither text nor ids of the vocabulary.
+
+        Raises:
+            InputError: the input is neither text nor ids of the vocabulary.
         """
         if isinstance(input, int | np.integer) or (isinstance(input, Tensor) and input.dim() == 0):
             input = [int(input)]  # one id
@@ -87,11 +91,19 @@ class TextMethods:
         return texts if many or len(texts) > 1 else texts[0]
 
     def to_single_token(self, string: str) -> int:
-        """Return the id of a text that is one token. Raises: InputError if it is not."""
+        """Return the id of a text that is one token.
+
+        Raises:
+            InputError: it is not one token.
+        """
         return int(need_tokenizer(self).convert_tokens_to_ids(string))
 
     def to_single_str_token(self, int_token: int) -> str:
-        """Return the text of an id. Raises: InputError if it is not in the vocabulary."""
+        """Return the text of an id.
+
+        Raises:
+            InputError: the id is not in the vocabulary.
+        """
         return str(need_tokenizer(self).token(int(check_ids(torch.as_tensor(int_token), self))))
 
     def get_token_position(
@@ -104,7 +116,8 @@ class TextMethods:
     ) -> int:
         """Return the position of a token in a text or in one row of ids, counted from 0.
 
-        Raises: InputError if it is not there, or `input` has several rows.
+        Raises:
+            InputError: the token is not there, or `input` has several rows.
         """
         token = self.to_single_token(single_token) if isinstance(single_token, str) else int(single_token)
         rows = read_batch(self, input, prepend_bos=prepend_bos, padding_side=padding_side).tokens.tolist()
@@ -123,7 +136,9 @@ class TextMethods:
 
         tokens: an id, the text of one token, a list of either, or ids of any shape. The weight of the final norm is
         in the directions.
-        Raises: InputError for a text that is not one token, or an id outside the vocabulary.
+
+        Raises:
+            InputError: a text is not one token, or an id is outside the vocabulary.
         """
         if isinstance(tokens, str):
             tokens = self.to_single_token(tokens)

@@ -1,7 +1,8 @@
 """gpt-oss with a hook point at every step, as a HookedRootModule of TransformerLens.
 
-You pay for what you hook. A point that the fast path has no tensor for (scores, patterns, per-head results, the
-inside of the experts) is materialised only while it is hooked, in that layer; the numbers are the same either way.
+A hook point costs nothing until it is hooked. One that the fast path has no tensor for (scores, patterns, per-head
+results, the inside of the experts) is materialised only while it is hooked, in that layer; the numbers are the same
+either way.
 
 Reference: openai/gpt-oss, gpt_oss/torch/model.py (commit 7b58334); the OpenAI gpt-oss model card, arXiv 2508.10925.
 """

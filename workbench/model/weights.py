@@ -127,17 +127,29 @@ class ModelWeights:
 
     @property
     def b_gate(self) -> Float[Tensor, "layer expert d_mlp"]:
-        """Return the biases of every expert's gate. Raises: InputError if layers have different numbers of experts."""
+        """Return the biases of every expert's gate.
+
+        Raises:
+            InputError: layers have different numbers of experts.
+        """
         return self._expert_biases("b_gate")
 
     @property
     def b_in(self) -> Float[Tensor, "layer expert d_mlp"]:
-        """Return the biases of what is gated. Raises: InputError if layers have different numbers of experts."""
+        """Return the biases of what is gated.
+
+        Raises:
+            InputError: layers have different numbers of experts.
+        """
         return self._expert_biases("b_in")
 
     @property
     def b_out(self) -> Float[Tensor, "layer expert d_model"]:
-        """Return the biases of the outputs. Raises: InputError if layers have different numbers of experts."""
+        """Return the biases of the outputs.
+
+        Raises:
+            InputError: layers have different numbers of experts.
+        """
         return self._expert_biases("b_out")
 
     @property

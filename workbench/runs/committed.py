@@ -15,7 +15,7 @@ from workbench.counting import count_of
 from workbench.errors import InputError
 from workbench.runs import shards
 from workbench.runs.manifest import DamageError, Manifest, reading
-from workbench.runs.schema import MANIFESTS, TOKEN_COLUMNS, ArraySpec, Layout, Spec, Unit, arrays
+from workbench.runs.schema import MANIFESTS, STORED_AS, TOKEN_COLUMNS, ArraySpec, Layout, Spec, Unit, arrays
 from workbench.runs.storage import Storage
 from workbench.runs.summaries import float32_of
 
@@ -280,14 +280,12 @@ class CommittedRun:
         if missing := sorted(set(TOKEN_COLUMNS).difference(there)):
             raise DamageError(self.storage, f"tokens/{missing[0]} is missing")
         names = {f"tokens/{n}": n for n in sorted(columns.intersection(there))}
-        names |= {f"routing/{n}": n for n in ("experts", "gates")} if self.spec.routing else {}
-        names |= {"routing/logits": "router_logits"} if self.spec.router_logits else {}
-        if self.spec.host_routing:
-            names |= {
-                "routing/own_experts": "own_experts",
-                "routing/margin": "router_margin",
-                "routing/forced": "forced",
-            }
-        names |= {"attention/sink": "sink"} if self.spec.sinks else {}
+        recorded = {
+            ("experts", "gates"): self.spec.routing,
+            ("router_logits",): self.spec.router_logits,
+            ("own_experts", "router_margin", "forced"): self.spec.host_routing,
+            ("sink",): self.spec.sinks,
+        }
+        names |= {STORED_AS[n]: n for some, is_there in recorded.items() if is_there for n in some}
         names |= {f"activations/{a.name}": a.name for a in self.spec.activations if a.per_token}
         return names | {f"records/{r.name}": r.name for r in self.spec.records if r.per_token}

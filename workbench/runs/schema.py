@@ -21,6 +21,20 @@ N_EXAMPLES = 16  # of an expert, in each list
 N_NEURON_EXAMPLES = 8  # of a neuron, in each channel
 N_NEURON_RANDOM = 4  # tokens of an expert in each channel, at which the activations of all its neurons are kept
 N_FEATURE_EXAMPLES = 8  # of a feature of an autoencoder, in each channel and list
+# quantities that are recorded or not, without options: fields of `Spec`
+SWITCHES = ("routing", "router_logits", "sinks", "sink_sums", "logprobs", "examples")
+# name of a quantity of tokens in a dataset → its path in the store
+STORED_AS = {
+    "experts": "routing/experts",
+    "gates": "routing/gates",
+    "router_logits": "routing/logits",
+    "sink": "attention/sink",
+    "own_experts": "routing/own_experts",
+    "router_margin": "routing/margin",
+    "forced": "routing/forced",
+    "logprob": "tokens/logprob",
+    "entropy": "tokens/entropy",
+}
 EXAMPLE_GROUPS = ("examples/", "neurons/", "features/")  # groups of the store that hold lists of examples
 EXAMPLE_KINDS = ("top", "random")
 # arrays of lists of examples: name → dtype, and the value where there is no example

@@ -24,7 +24,7 @@ from workbench.runs.examples import of_tokens
 from workbench.runs.expected_files import FLAG
 from workbench.runs.group import open_group
 from workbench.runs.reader import Run
-from workbench.runs.schema import NEURON_FIELDS, ArraySpec, Layout, Unit, arrays
+from workbench.runs.schema import NEURON_FIELDS, STORED_AS, ArraySpec, Layout, Unit, arrays
 from workbench.runs.storage import Storage, storage_at
 from workbench.runs.summaries import summarise
 
@@ -349,12 +349,7 @@ def _examples(run: Run, values: Mapping[str, np.ndarray], records: Mapping[str, 
             yield f"examples/{name} are not those of the tokens"
 
 
-_RECORDS = (
-    ("experts", "routing/experts"),
-    ("gates", "routing/gates"),
-    ("router_logits", "routing/logits"),
-    ("sink", "attention/sink"),
-)
+_RECORDS = tuple((name, STORED_AS[name]) for name in ("experts", "gates", "router_logits", "sink"))
 
 
 def _tokens(values: dict[str, np.ndarray], unit: Unit, lengths: list[int], used: int) -> Iterator[str]:

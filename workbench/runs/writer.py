@@ -25,20 +25,20 @@ from workbench.runs import manifest, shards, views
 from workbench.runs.group import open_group
 from workbench.runs.lock import Lock
 from workbench.runs.reader import open_run
-from workbench.runs.schema import EXAMPLE_GROUPS, MANIFESTS, SCHEMA, Activation, ArraySpec, Layout, Spec, Unit, arrays
+from workbench.runs.schema import (
+    EXAMPLE_GROUPS,
+    MANIFESTS,
+    SCHEMA,
+    STORED_AS,
+    Activation,
+    ArraySpec,
+    Layout,
+    Spec,
+    Unit,
+    arrays,
+)
 from workbench.runs.storage import ROOT, LocalStorage, ObjectStorage, Storage, storage_at
 
-_STORED_AS = {
-    "experts": "routing/experts",
-    "gates": "routing/gates",
-    "router_logits": "routing/logits",
-    "sink": "attention/sink",
-    "own_experts": "routing/own_experts",
-    "router_margin": "routing/margin",
-    "forced": "routing/forced",
-    "logprob": "tokens/logprob",
-    "entropy": "tokens/entropy",
-}
 # where a job writes; groups that others add to a run are left alone
 _OWN = (
     "zarr.",
@@ -257,7 +257,7 @@ class RunWriter:
         unit = self.layout.units[index]
         self._check(unit, records)
         stored = {f"tokens/{name}": values for name, values in tokens.items()}
-        stored |= {_STORED_AS.get(name, name): values for name, values in records.items()}
+        stored |= {STORED_AS.get(name, name): values for name, values in records.items()}
         stored |= {n if n.startswith(EXAMPLE_GROUPS) else f"summaries/{n}": values for n, values in summaries.items()}
         if not self._spec.sinks:
             stored.pop("attention/sink", None)  # only its sums are kept

@@ -38,7 +38,8 @@ class Conversation:
 def transcript_row(conversation: Conversation, effort: str | None) -> dict[str, Any]:
     """Return the transcript row of a conversation. effort: of one that names none.
 
-    Raises: InputError for a conversation that cannot be used.
+    Raises:
+        InputError: the conversation cannot be used.
     """
     c = conversation
     row: dict[str, Any] = {"id": c.id, "prompt_id": c.prompt_id or c.id}

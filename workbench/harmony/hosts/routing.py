@@ -37,7 +37,8 @@ def routed_experts(reply: Mapping[str, Any], *, n_tokens: int, experts_per_token
     n_tokens: prompt and answer. The host routes no token after the last one, so there are n_tokens or n_tokens − 1
     rows.
 
-    Raises: RoutingError for experts that were not recorded.
+    Raises:
+        RoutingError: experts were not recorded.
     """
     choice = reply["choices"][0] if reply.get("choices") else {}
     routed = choice.get("routed_experts")
@@ -106,7 +107,8 @@ def _integers(array: Any) -> Int[np.ndarray, "tokens layers slots"]:
 def check_experts(experts: Int[np.ndarray, "tokens layers slots"], n_tokens: int) -> None:
     """Refuse experts that no router chose.
 
-    Raises: RoutingError that names the option of the host to set.
+    Raises:
+        RoutingError: they cannot be a router's choice; the message names the option of the host to set.
     """
     if len(experts) not in (n_tokens, n_tokens - 1):
         raise RoutingError(f"the host returned experts of {len(experts)} tokens for {n_tokens} tokens")
@@ -141,7 +143,8 @@ def write_experts(transcripts: str | Path, id: str, experts: Experts) -> None:
 def read_experts(transcripts: str | Path, id: str) -> Experts:
     """Return the experts of the transcript with this id.
 
-    Raises: InputError if the host's experts were not stored.
+    Raises:
+        InputError: the host's experts were not stored.
     """
     path = sidecar(transcripts)
     try:
