@@ -83,6 +83,7 @@ def test_the_routers_own_route_changes_nothing_and_only_one_token_is_rerouted(
 def planted(nano: GptOss, monkeypatch: pytest.MonkeyPatch) -> Callable[..., xr.Dataset]:
     """The experiment with planted changes by sequence: 30 sequences of one prompt, and one of nine others."""
     prompts = ["often"] * 30 + [f"p{i}" for i in range(9)]
+
     def experiment(changes: Callable[[list[str]], np.ndarray], units: list[str] = prompts) -> xr.Dataset:
         rows = [Transcript(f"s{i}", unit, "", np.full(4 + i, i, np.int32), 1) for i, unit in enumerate(units)]
         monkeypatch.setattr(routing, "drawn_positions", lambda *_: (rows, [1] * len(rows)))

@@ -147,7 +147,6 @@ def test_answers_that_do_not_end_are_the_same_only_if_their_tokens_are(run, nano
     assert float(study(*range(2, 2 + n_changes))["same"].min()) == 1, "negative control"
 
 
-
 def test_named_experts_are_those_used_more(run, nano):
     rows = transcripts(run)[::10]
     experts = named_experts(nano, rows, "arithmetic", 3)

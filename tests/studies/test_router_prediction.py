@@ -105,7 +105,7 @@ def test_recalls_of_prompts_with_habits_are_covered(monkeypatch: pytest.MonkeyPa
         values = [np.array(own).T[:, None] for own in recalls]  # prompt, layer, predictor
         own = [router_prediction._tested(v) for v in values]
         beyond = [router_prediction._tested(v - v[..., [2]]) for v in values]
-        covered = np.mean([(one["low"] <= K / E) & (K / E <= one["high"]) for one in own])
+        covered = np.mean([(one["low"] <= K / E) & (one["high"] >= K / E) for one in own])
         return float(covered), float(np.mean([one["p"][0, [0, 1, 3]] <= 0.05 for one in beyond]))
 
     covered, shown = covered_and_shown()

@@ -166,9 +166,12 @@ def study(
         )
     logp, answers, unchanged = _changed_answers(model, answered, hide, np.random.default_rng(seed), max_new_tokens)
     units = [t.row.prompt_id for t in answered]
-    same = np.array([[same_answer(a, b) for a, b in zip(new, unchanged, strict=True)] for new in answers.values()], float)
+    same = np.array(
+        [[same_answer(a, b) for a, b in zip(new, unchanged, strict=True)] for new in answers.values()], float
+    )
     right = np.array(
-        [[a.text == t.row.answer for a, t in zip(s, answered, strict=True)] for s in (*answers.values(), unchanged)], float
+        [[a.text == t.row.answer for a, t in zip(s, answered, strict=True)] for s in (*answers.values(), unchanged)],
+        float,
     )
     right[:, [t.row.answer is None for t in answered]] = np.nan
     variables: dict[str, tuple[str | tuple[()], np.ndarray]] = {}

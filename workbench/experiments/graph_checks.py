@@ -1,8 +1,9 @@
 """Checks of an attribution graph on the model itself, where nothing is frozen.
 
 `ablate` removes what single nodes write and measures the logit; `ablate_edge` removes what one node gives another one;
-`faithfulness` removes the most influential nodes together, beside random nodes of their layers that write as much; `kept_alone`
-replaces everything outside the graph by its mean over other tokens, `kept_curve` everything but its strongest nodes;
+`faithfulness` removes the most influential nodes together, beside random nodes of their layers that write as much;
+`kept_alone` replaces everything outside the graph by its mean over other tokens, `kept_curve` all but its strongest
+nodes;
 `over_prompts` has the means of their tables over prompts, with intervals. The graph's values are of a frozen pass that
 gives each factor of an expert's activation half of the product, so a measured effect has another size: it states
 whether the node or edge is needed, and the value states what it contributes.

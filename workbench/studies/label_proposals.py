@@ -2,7 +2,8 @@
 
 The model reads some examples of an expert's tokens, and over-represented tokens, and writes a label. Then it reads the
 label and texts of other prompts with one marked token each, half of them of the expert and half of other experts of the
-layer in the same channel, and states which fit. The score is the share of right answers with a 95 % interval; 0.5 is chance.
+layer in the same channel, and states which fit. The score is the share of right answers with a 95 % interval; 0.5 is
+chance.
 
 Reference: detection scoring, Paulo et al. 2024, arXiv 2410.13928.
 """

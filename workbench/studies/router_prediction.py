@@ -60,8 +60,8 @@ METHOD = (
     "Predictions of the k experts of tokens of held-out prompts (five folds). load: the layer's most frequent "
     "experts. token, bigram: the most frequent experts of the id or pair in training; a pair that was not seen falls "
     "back to the token, and that to the load. layer before, features: the k largest predictions of ridge regression. "
-    "Recall is averaged within prompts, then over them; differences from the bigram are paired by prompt. Standard errors "
-    "allow for training prompts that folds share (Nadeau & Bengio 2003)."
+    "Recall is averaged within prompts, then over them; differences from the bigram are paired by prompt. Standard "
+    "errors allow for training prompts that folds share (Nadeau & Bengio 2003)."
 )
 NOT_CONTROLLED = (
     "A token that is frequent is predicted better from its id. That features predict routing does not show that the "
