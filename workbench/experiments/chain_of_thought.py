@@ -124,7 +124,7 @@ def _summary(result: xr.Dataset) -> list[str]:
     for change in map(str, result["change"].values):
         one = {str(k): float(v) for k, v in result.sel(change=change).data_vars.items()}
         verdict = "" if one["logprob_q"] <= ALPHA else "not shown to change, "
-        logprob = signed_interval(*(one[f"logprob{end}"] for end in ("", "_low", "_high")), 2)
+        logprob = signed_interval(one["logprob"], one["logprob_low"], one["logprob_high"], 2)
         lines.append(
             f"{change}: {one['same']:.0%} of answers stay the same [{one['same_low']:.0%}, "
             f"{one['same_high']:.0%}]; log-probability {verdict}{logprob} nats."

@@ -232,8 +232,8 @@ def _results(
     means, low, high = (np.stack([getattr(m, name) for m in measured], 2) for name in ("change", "low", "high"))
     for i, group in enumerate(groups):  # agreement is a share; all prompts may have the same one
         share, n = means[1, :, i], len(set(prompts[group]))
-        limits = (np.where(np.isnan(limit), share, limit) for limit in (low[1, :, i], high[1, :, i]))
-        low[1, :, i], high[1, :, i] = within_bounds(share, *limits, n)
+        ends = [np.where(np.isnan(limit), share, limit) for limit in (low[1, :, i], high[1, :, i])]
+        low[1, :, i], high[1, :, i] = within_bounds(share, ends[0], ends[1], n)
     low[0] = np.maximum(low[0], 0)  # a divergence
     pairs = [
         np.stack([readings[group][0, a] - readings[group][0, b] for a, b in _COMPARED])  # divergence

@@ -55,8 +55,9 @@ METHOD = (
     "that of the first massive activation. They are masked before the top-k selection, at every token. Measured are "
     "the log-probability in nats of the final message, the logarithm of a sequence's largest activation, and its mean "
     "attention to the learned sinks, each less that without the edit; means over prompts. The null is the same for "
-    "random sets of as many experts, of any layer, whose load is nearest: rank p (two-sided), p_family adjusted for the "
-    "measures (single-step max-T). If there is no super expert, the expert with the largest output is ablated instead. "
+    "random sets of as many experts, of any layer, whose load is nearest: rank p (two-sided), p_family adjusted for "
+    "the measures (single-step max-T). If there is no super expert, the expert with the largest output is ablated "
+    "instead. "
     "The experts are chosen for the size of their output in these sequences, so that a smaller largest activation "
     "without them is expected."
 )
