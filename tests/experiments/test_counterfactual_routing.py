@@ -1,11 +1,12 @@
 """Counterfactual routes: the router's own and equal experts change nothing, others do, where they should."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 
 import workbench as wb
 from tests.conftest import DATA
@@ -71,6 +72,51 @@ def test_the_routers_own_route_changes_nothing_and_only_one_token_is_rerouted(
     for row, at, value in list(zip(sequences, positions, base, strict=True))[:3]:
         logits = nano(torch.from_numpy(row.tokens.astype(np.int64))[None])[0, at].log_softmax(-1)
         assert value == pytest.approx(float(logits[int(row.tokens[at + 1])]), abs=1e-4)
+
+
+@pytest.fixture
+def planted(nano: GptOss, monkeypatch: pytest.MonkeyPatch) -> Callable[..., xr.Dataset]:
+    """The experiment with planted changes by sequence: 30 sequences of one prompt, and one of nine others."""
+    prompts = ["often"] * 30 + [f"p{i}" for i in range(9)]
+
+    def experiment(changes: Callable[[list[str]], np.ndarray], units: list[str] = prompts) -> xr.Dataset:
+        rows = [Transcript(f"s{i}", unit, "", np.full(4 + i, i, np.int32), 1) for i, unit in enumerate(units)]
+        monkeypatch.setattr(routing, "drawn_positions", lambda *_: (rows, [1] * len(rows)))
+        before = np.zeros(len(rows))
+        monkeypatch.setattr(routing, "next_logprobs", lambda *args: changes(prompts) if args[3:] else before)
+        return routing.experiment(nano, rows, routes=2)["routes"]
+
+    return experiment
+
+
+@pytest.mark.filterwarnings("ignore:only .* prompts")
+def test_each_prompt_counts_once_in_every_number(planted: Callable[..., xr.Dataset]) -> None:
+    """Negative control: sequences as units, of which 30 of 39 are of one prompt."""
+    better = {"often": 1.0}
+    result = planted(lambda prompts: np.array([better.get(p, -1.0) for p in prompts]))
+    for name, wanted in (("change", -0.8), ("better", 0.1), ("best", -0.8)):
+        np.testing.assert_allclose(result[name], wanted)
+    pooled = planted(
+        lambda prompts: np.array([better.get(p, -1.0) for p in prompts]), units=[f"u{i}" for i in range(39)]
+    )
+    assert float(pooled["better"][0]) == pytest.approx(30 / 39)
+
+
+@pytest.mark.filterwarnings("ignore:only .* prompts")
+def test_routes_without_an_effect_are_rarely_shown(planted: Callable[..., xr.Dataset]) -> None:
+    """Every prompt has an effect of its own, around zero, in all cells. Negative control: sequences as units."""
+    rng = np.random.default_rng(0)
+
+    def shown(**options: list[str]) -> int:
+        own: dict[str, float] = {}
+
+        def changes(prompts: list[str]) -> np.ndarray:
+            return np.array([own.setdefault(p, rng.normal()) for p in prompts]) + rng.normal(0, 0.1, len(prompts))
+
+        return int((planted(changes, **options)["q"] <= 0.05).any())
+
+    assert sum(shown() for _ in range(20)) <= 3
+    assert sum(shown(units=[f"u{i}" for i in range(39)]) for _ in range(15)) > 5, "negative control"
 
 
 def test_routers() -> None:

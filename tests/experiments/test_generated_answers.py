@@ -82,6 +82,21 @@ def test_gates_times_one_change_nothing_and_every_measure_has_its_zero(nano: Gpt
     assert by_name["routing flips"].mean() > 0
 
 
+def test_routing_flips_are_those_of_the_answer() -> None:
+    """Planted: experts differ where the answer is predicted, or in the prompt before. Answers differ at token 2.
+
+    Negative control: with the prompt counted, as before, flips of the prompt alone would be 9 of 11.
+    """
+    row = Transcript("a", "a", "", np.zeros(10, np.int32), 10)
+    base, other = (answer_measures.Answer([7, i], "x", 0, False) for i in (1, 2))
+    before = np.zeros((1, 12, 2), np.uint8)
+    for at, wanted in ((slice(0, 9), 0.0), (slice(9, 11), 1.0), (slice(9, 10), 0.5), (slice(11, 12), 0.0)):
+        after = before.copy()
+        after[:, at] = 1
+        changes = answer_measures.measure_changes([row], [base], [other], [before], [after])
+        assert dict(zip(answer_measures.MEASURES, changes, strict=True))["routing flips"][0] == wanted
+
+
 def test_analysis_that_does_not_end_is_counted_to_the_last_token(nano: GptOss) -> None:
     """Negative control: a message that is cut off has no stop token, whose position −1 would make the number wrong."""
     row = next(r for r in transcripts(wb.open_run(DATA / "demo.zarr")) if r.id == "product-00/high/0")

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -148,6 +149,24 @@ def test_a_lens_of_some_layers_is_read_in_these(rows: list[Transcript], tmp_path
     result = experiment(model, rows, tuned_steps=0, jacobian=str(tmp_path / "some.pt"), **OPTIONS)
     assert result["lenses"]["layer"].values.tolist() == [last - 1]
     assert result["lenses"]["divergence"].sel(lens=["logit lens", "Jacobian lens"]).notnull().all()
+
+
+def test_agreement_has_an_interval_within_its_bounds(recwarn: pytest.WarningsRecorder) -> None:
+    """All of twelve prompts agree with one lens, and one of them does not with another.
+
+    Negative control: the interval of a mean, which there is not where all agree, and which leaves the bounds.
+    """
+    readings = np.full((2, len(jacobian_lens.LENSES), 1, 12), 0.3)
+    readings[1] = 1.0
+    readings[1, 1, :, 0] = 0.0
+    names, fits = [f"p{i}" for i in range(12)], {"all": SimpleNamespace(n_prompts=12)}
+    results = jacobian_lens._results({"low": readings}, {"low": names}, fits, [0], "", 0)  # type: ignore[arg-type]
+    low, high = (results["lenses"][f"agreement_{end}"].values[:, 0, 0] for end in ("low", "high"))
+    assert 0.6 < low[0] < high[0] == 1
+    assert low[1] < 11 / 12 < high[1] == 1
+    plain = jacobian_lens.mean_effect(readings[1, :2, 0], names)
+    assert np.isnan(plain.low[0]), "negative control"
+    assert plain.high[1] > 1
 
 
 def test_several_lenses_are_read_in_one_pass_of_a_sequence(rows: list[Transcript]) -> None:

@@ -1,5 +1,7 @@
 """Patching by class of tokens and layer: the effort word carries everything at the embedding, the others nothing."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -29,6 +31,14 @@ def test_classes_divide_the_prompt_after_its_first_difference(nano: GptOss, rows
         assert text.strip() == own.effort
         assert near.tolist() == list(range(word[-1] + 1, word[-1] + 1 + patching.NEIGHBOURS))
         assert sorted([*word, *near, *rest]) == list(range(word[0], own.n_prompt))
+
+
+def test_every_sequence_is_patched_once_for_each_other_effort(nano: GptOss, rows: list[Transcript]) -> None:
+    """Negative control: one sequence of each prompt and effort, as before, leaves the second ones out."""
+    copies = [replace(row, id=f"{row.id}, again") for row in rows if row.effort == "high"]
+    pairs = patching.effort_pairs(nano, [*rows, *copies])
+    assert sorted(own.id for own, _ in pairs) == sorted(row.id for row in [*rows, *copies])
+    assert len(patching.effort_pairs(nano, rows)) == len(rows) < len(pairs)
 
 
 def test_a_patched_effort_word_is_the_other_word(

@@ -17,6 +17,7 @@ from tests.conftest import DATA
 from workbench import registry
 from workbench.errors import InputError
 from workbench.experiments import chain_of_thought, steering
+from workbench.experiments.answer_measures import Answer
 from workbench.experiments.expert_sets import named_experts
 from workbench.experiments.from_run import transcripts
 from workbench.experiments.registry import OUTPUTS, independent_rows, run_experiment
@@ -109,7 +110,35 @@ def test_an_unchanged_analysis_changes_nothing(run, nano):
         assert "<|" not in text
     answers = chain_of_thought._answers(nano, answered, [t.row for t in answered])
     wanted = [nano.tokenizer.decode(t.row.tokens[t.content : t.end].tolist()).strip() for t in answered]
-    assert answers == wanted
+    assert [answer.text for answer in answers] == wanted
+
+
+@pytest.mark.filterwarnings("ignore:only .* prompts")
+def test_answers_that_do_not_end_are_the_same_only_if_their_tokens_are(run, nano, monkeypatch):
+    """Planted: every changed analysis gives another unfinished answer. Null: all give the same one.
+
+    Negative control: two answers without a text compared by their texts, which would be the same.
+    """
+    rows = [row for row in transcripts(run) if row.effort == "high"][:30:3]
+    n = len(chain_of_thought.answered_sequences(nano, rows))
+    monkeypatch.setattr(chain_of_thought, "logprobs", lambda model, rows, of, *edits: np.zeros(len(rows)))
+
+    def study(*changed_ids: int):
+        made = iter([[Answer([i], None, 0, False)] * n for i in (*changed_ids, 1)])
+        monkeypatch.setattr(chain_of_thought, "_answers", lambda *_, **options: next(made))
+        return chain_of_thought.experiment(nano, rows, max_new_tokens=1)["chain_of_thought"]
+
+    n_changes = len(chain_of_thought.FRACTIONS) + 1 + len(chain_of_thought._hidden(nano, "messages"))
+    other, same = study(*range(2, 2 + n_changes)), study(*[1] * n_changes)
+    assert float(other["same"].max()) == 0
+    assert float(other["area"]) == pytest.approx(0.875)
+    assert float(same["same"].min()) == 1
+    assert 0 == float(same["area_low"]) < float(same["area_high"]) < 0.5, "an interval also where all agree"
+    for result in (other, same):
+        assert f"{n} answers with the complete analysis do not end within 1 tokens" in result.attrs["summary"]
+        assert "nan" not in result.attrs["summary"]
+    monkeypatch.setattr(chain_of_thought, "same_answer", lambda a, b: a.text == b.text)
+    assert float(study(*range(2, 2 + n_changes))["same"].min()) == 1, "negative control"
 
 
 def test_named_experts_are_those_used_more(run, nano):

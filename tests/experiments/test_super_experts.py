@@ -72,6 +72,21 @@ def test_nano_has_no_massive_activation_and_limits_decide(nano: GptOss, rows: li
     )
 
 
+def test_sizes_are_means_over_prompts(nano: GptOss, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One prompt has a long sequence whose sinks and activations change. Negative control: means over tokens."""
+    lengths = [90, *[2] * 9]
+    rows = [Transcript(f"s{i}", f"p{i}", "", np.full(n, i, np.int32), 1) for i, n in enumerate(lengths)]
+    first = np.repeat(np.arange(10), lengths) == 0
+    ones, none = np.ones((1, len(first))), np.zeros((1, 1))
+    before = super_experts.Magnitudes(ones, ones.astype(int), ones, np.zeros(len(first)), none)
+    changed = before._replace(largest=np.where(first, np.e, ones), sink=np.where(first, 0.5, 0.0))
+    monkeypatch.setattr(super_experts, "magnitudes", lambda *args, **options: changed)
+    monkeypatch.setattr(super_experts, "logprobs", lambda model, rows, of, *edits: np.zeros(len(rows)))
+    removal = super_experts._removal(nano, rows, before, [[(0, 0)]])
+    np.testing.assert_allclose(removal, [[0.0, 0.1, 0.05]])
+    assert changed.sink.mean() > 0.4, "negative control"
+
+
 def test_controls_are_the_nearest_in_load_and_never_the_chosen() -> None:
     load = np.arange(12.0).reshape(3, 4)
     assert nearest_in_load(load, [(1, 1)], 2, 0) == [[(1, 0)], [(1, 2)]]

@@ -1,6 +1,7 @@
 """The comparison of two runs: planted agreement is in its interval, unrelated routers agree by load alone.
 
-Also tests `workbench.studies.compare_efforts`, the differences by effort.
+Also tests `workbench.studies.compare_efforts`, the differences by effort, and the effect on log-probability of
+`workbench.studies.routing_agreement_runs`.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ from workbench.errors import InputError
 from workbench.figures import compare as figures
 from workbench.harmony.labels import CHANNELS
 from workbench.runs.schema import Activation
-from workbench.studies import compare, run_study
+from workbench.studies import compare, routing_agreement_runs, run_study
 from workbench.studies.synthetic import SyntheticTokens, planted_tokens
 
 
@@ -71,6 +72,36 @@ def test_unrelated_routers_agree_by_load_alone():
     result = compare.study(run, altered(run, 1.0))["agreement"].sel(channel="analysis").isel(layer=0)
     assert abs(float(result["beyond_load"])) < 0.03
     assert float(result["agreement"]) > 0.1
+
+
+@pytest.mark.filterwarnings("ignore:only .* prompts")
+def test_the_effect_on_log_probability_is_a_mean_over_prompts():
+    """Log-probabilities differ by 1 in one prompt, which has half of all sequences, and by 0.1 in 19 others.
+
+    Null: the same run. Negative control: the mean over all tokens. A run without log-probabilities has no such line.
+    """
+    run = complete(planted_tokens(n_layers=1, n_experts=8, n_heads=1, n_prompts=38, efforts=["low"]))
+    number = np.maximum(np.arange(38) - 18, 0)
+    table = run.sequences.assign(prompt_id=[f"p{n}" for n in number])
+    by = np.where(number == 0, 1.0, 0.1)[run.tokens["sequence"]]
+    sign = np.where(np.arange(len(by)) % 2, 1, -1)  # a mean of a − b would be about 0
+
+    def with_logprob(values: np.ndarray) -> SyntheticTokens:
+        tokens = dict(run.tokens) | {"logprob": values, "router_logits": np.zeros((1, len(values), 8))}
+        return SyntheticTokens(run.digest, table, run.model, tokens, run.truth)
+
+    a, b = with_logprob(run.tokens["logprob"]), with_logprob(run.tokens["logprob"] + sign * by)
+    result = routing_agreement_runs.study(a, b)["agreement"]
+    assert float(result["logprob_effect"]) == pytest.approx((1 + 0.1 * 19) / 20)
+    assert np.abs(by).mean() > 0.5, "negative control"
+    assert 0 <= float(result["logprob_effect_low"]) < 0.145 < float(result["logprob_effect_high"])
+    assert "differ by 0.1450 nat a token" in result.attrs["summary"]
+    same = routing_agreement_runs.study(a, a)["agreement"]
+    assert [float(same[f"logprob_effect{end}"]) for end in ("", "_low", "_high")] == [0, 0, 0]
+    unknown = with_logprob(np.full(len(by), np.nan))
+    missing = routing_agreement_runs.study(a, unknown)["agreement"]
+    assert np.isnan(float(missing["logprob_effect"]))
+    assert "nan" not in missing.attrs["summary"]
 
 
 def test_runs_of_other_sequences_are_not_compared():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from workbench.studies import intervals
 from workbench.studies.difference_tests import paired_influence, paired_test, unpaired_test, weighted_mean
 from workbench.studies.intervals import MIN_PROMPTS
 
@@ -54,3 +55,26 @@ def test_too_few_prompts_have_no_interval(n: int) -> None:
     assert not tested["different"].any()
     enough = paired_test(symmetric(MIN_PROMPTS + 1, 5.0)[:, None])
     assert np.isfinite(enough["p"]).all()
+
+
+def test_few_prompts_that_agree_by_chance_are_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loads of 256 experts in five prompts with three tokens a side, of one distribution on both sides.
+
+    Some cells have the same difference in all prompts. Planted: twelve prompts with one difference. Negative control:
+    p of 0 where all prompts agree.
+    """
+    draws = np.random.default_rng(0).binomial(3, 1 / 8, (2, 100, 5, 256)) / 12
+
+    def families() -> int:
+        return sum(int(paired_test(a - b)["different"].any()) for a, b in zip(*draws, strict=True))
+
+    assert families() <= 8
+    assert paired_test(np.full((12, 3), 0.25))["different"].all()
+    real = intervals.test_of_moments
+
+    def certain(mean: np.ndarray, error: np.ndarray, third: np.ndarray, freedom: float) -> intervals.MeanTest:
+        tested = real(mean, error, third, freedom)
+        return tested._replace(p=np.where((error == 0) & (mean != 0), 0.0, tested.p))
+
+    monkeypatch.setattr(intervals, "test_of_moments", certain)
+    assert families() > 15, "negative control"

@@ -25,6 +25,7 @@ from workbench.file_lock import FileLock
 from workbench.harmony.hosts.client import HostError
 from workbench.runs.reader import Run
 from workbench.studies import expert_examples, expert_labels, label_proposals
+from workbench.studies.run_index import independent_prompts
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +146,29 @@ def test_held_out_texts_are_not_those_of_the_proposal(demo: Run, examples: xr.Da
         assert len(shown) >= 1
         assert len(shown & scored) <= len(scored) // 2, "texts of other tokens may read the same"
     assert data.sizes["token"] > 0
+
+
+def test_a_label_of_a_channel_or_of_shown_prompts_scores_half(demo: Run, examples: xr.Dataset) -> None:
+    """The texts to score are of other prompts than those shown, and the others' are of the same channels.
+
+    Negative control: others of any channel, as before.
+    """
+    own = label_proposals._examples(examples, 2, 5)
+    prompt = independent_prompts(demo)
+    shown, held_out = label_proposals._held_out(own, prompt)
+    assert len(shown) == label_proposals.SHOWN
+    assert len(held_out) == label_proposals.SCORED
+    assert not {prompt[e.sequence] for e in shown} & {prompt[e.sequence] for e in held_out}
+    routed = label_proposals._Routing(demo, examples)
+    others = routed.others(2, 5, held_out, np.random.default_rng(0))
+    assert [e.channel for e in others if e] == [e.channel for e in held_out]
+    pool = routed._pool[2]
+    anywhere = [pool[i].channel for i in np.random.default_rng(0).permutation(len(pool))[: len(held_out)]]
+    assert anywhere != [e.channel for e in held_out], "negative control"
+    two = [e for e in own if prompt[e.sequence] in {prompt[e.sequence] for e in own[:2]}]
+    few = label_proposals._held_out(two, prompt)
+    assert all(few)
+    assert not {prompt[e.sequence] for e in few[0]} & {prompt[e.sequence] for e in few[1]}
 
 
 def test_an_error_of_the_host_names_the_expert(demo: Run, examples: xr.Dataset) -> None:

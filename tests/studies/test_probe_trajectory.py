@@ -104,8 +104,11 @@ def test_labels_can_be_given_and_some_left_out() -> None:
     run = Run(3)
     labels = ["" if i < 10 else "right" if right else "wrong" for i, right in enumerate(run.sequences["correct"])]
     result = trajectory(run, label=labels, points=2)
-    rare = trajectory(run, label=["rare" if i < 3 else label for i, label in enumerate(labels)], points=2)
-    assert "Skipped, as fewer than 5 sequences have them: rare (3)." in rare.attrs["summary"]
+    of_one_prompt = Run(3)  # ten sequences, with which no fold could be fitted and scored
+    of_one_prompt.sequences.loc[:9, "prompt_id"] = "one"
+    rare = trajectory(of_one_prompt, label=[label or "rare" for label in labels], points=2)
+    assert "Skipped, as fewer than 5 prompts have them: rare (1)." in rare.attrs["summary"]
+    assert rare.attrs["rests_on"] == result.attrs["rests_on"]
     assert result.attrs["rests_on"] == "70 sequences of 70 prompts, 2 labels"
 
 

@@ -13,6 +13,7 @@ from workbench.errors import InputError
 from workbench.figures import default
 from workbench.studies import router_prediction
 from workbench.studies.probe_folds import ridge
+from workbench.studies.probes import bigrams, previous_ids
 from workbench.studies.router_prediction import study
 
 E, K, WORDS = 8, 2, 5
@@ -82,6 +83,38 @@ def test_regressions_know_the_load_of_experts(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(router_prediction, "ridge", centred)
     blind = study(run)["recall"]["recall"].sel(layer=3).to_pandas()  # type: ignore[arg-type]
     assert blind["layer before"] < recall["load"] - 0.2, "negative control"
+
+
+def test_recalls_of_prompts_with_habits_are_covered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Null: routing depends on nothing but the prompt, so that every predictor has recall k / E.
+
+    Prompts have experts and lengths of their own. Negative control: prompts counted as if no other was fitted on them.
+    """
+    rng, n, recalls = np.random.default_rng(0), 24, []
+    for _ in range(60):
+        prompt = np.repeat(np.arange(n), rng.integers(10, 30, n))
+        rows, fold = len(prompt), (rng.permutation(n) % router_prediction.FOLDS)[prompt]
+        ids, habit = rng.integers(0, WORDS, rows), rng.dirichlet(np.full(E, 5.0), n)
+        chosen = np.argsort(rng.gumbel(size=(rows, E)) + np.log(habit)[prompt], axis=1)[:, -K:]
+        noise = {"layer before": router_prediction._one_hot(rng.integers(0, E, (rows, 1)), E)}
+        pair, truth = bigrams(ids, previous_ids(ids, prompt)), router_prediction._one_hot(chosen, E)
+        hits = router_prediction._recalls(truth, K, ids, pair, noise, fold)
+        recalls.append([np.bincount(prompt, own) / np.bincount(prompt) for own in hits.values()])
+
+    def covered_and_shown() -> tuple[float, float]:
+        values = [np.array(own).T[:, None] for own in recalls]  # prompt, layer, predictor
+        own = [router_prediction._tested(v) for v in values]
+        beyond = [router_prediction._tested(v - v[..., [2]]) for v in values]
+        covered = np.mean([(one["low"] <= K / E) & (one["high"] >= K / E) for one in own])
+        return float(covered), float(np.mean([one["p"][0, [0, 1, 3]] <= 0.05 for one in beyond]))
+
+    covered, shown = covered_and_shown()
+    assert covered >= 0.92
+    assert shown <= 0.07
+    monkeypatch.setattr(router_prediction, "_SHARED", 1.0)
+    covered, shown = covered_and_shown()
+    assert covered < 0.9, "negative control"
+    assert shown > 0.07
 
 
 def test_nano_is_predicted_better_by_its_tokens_than_by_load() -> None:

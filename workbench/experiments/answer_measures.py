@@ -95,10 +95,12 @@ def measure_changes(
     """Return every measure of the answers `after_edits`, less that of `base`.
 
     before, after: the experts [layer pos slot] of each sequence with its base answer, without and with what is changed.
+    Those of the tokens are compared from which the common beginning and the token after it are predicted: from the last
+    token of the prompt on.
     """
     common = [_common(b.ids, f.ids) for b, f in zip(base, after_edits, strict=True)]
     flips = [
-        _flips(x[:, : r.n_prompt + n], y[:, : r.n_prompt + n])
+        _flips(x[:, r.n_prompt - 1 : r.n_prompt + n], y[:, r.n_prompt - 1 : r.n_prompt + n])
         for x, y, r, n in zip(before, after, rows, common, strict=True)
     ]
     right = np.array(
@@ -109,7 +111,7 @@ def measure_changes(
             right[0] - right[1],
             _change([a.text is not None for a in after_edits], [a.text is not None for a in base]),
             _change([a.refused for a in after_edits], [a.refused for a in base]),
-            np.array([float(_same(a, b)) - 1 for a, b in zip(after_edits, base, strict=True)]),
+            np.array([float(same_answer(a, b)) - 1 for a, b in zip(after_edits, base, strict=True)]),
             _change([len(a.ids) for a in after_edits], [len(a.ids) for a in base]),
             _change([a.analysis_tokens for a in after_edits], [a.analysis_tokens for a in base]),
             np.array([n / max(len(b.ids), 1) - 1 for n, b in zip(common, base, strict=True)]),
@@ -130,7 +132,7 @@ def _change(after: Sequence[float], before: Sequence[float]) -> Float[np.ndarray
     return np.asarray(after, dtype=np.float64) - np.asarray(before, dtype=np.float64)
 
 
-def _same(a: Answer, b: Answer) -> bool:
+def same_answer(a: Answer, b: Answer) -> bool:
     """Return whether two final messages are equal; of answers without a finished one, all ids."""
     return a.ids == b.ids if a.text is None or b.text is None else a.text == b.text
 

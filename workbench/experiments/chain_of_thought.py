@@ -6,26 +6,28 @@ header included) does not attend to them, frame tokens included: in all layers, 
 in those with a window alone (final tokens reach far analysis tokens only through full layers). Hiding the content alone
 leaks, because the `<|end|>` of the analysis has read it; each result counts the visible tokens that have.
 
+An answer that does not end is wrong, and is the same only if all of its tokens are; the summary counts those.
+
 Reference: Lanham et al. 2023, arXiv 2307.13702 (early answering, area over the curve); Geva et al. 2023 (knockout).
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
 import numpy as np
-import torch
 import xarray as xr
 
 from workbench import harmony
-from workbench.capture.generation import final_text
-from workbench.counting import count_of, signed
+from workbench.counting import count_of, signed_interval
 from workbench.errors import InputError
+from workbench.experiments.answer_measures import Answer, generate_answers, same_answer
 from workbench.experiments.effects import logprobs, paired
 from workbench.experiments.hidden_messages import Hidden, Hide, add_readers, layer_kinds, message_tokens
 from workbench.harmony.token_sets import token_set
 from workbench.harmony.transcripts import Transcript
-from workbench.hooks.edits import Edit, applied
+from workbench.hooks.edits import Edit
 from workbench.hooks.interventions import knockout
 from workbench.model.transformer import GptOss
 from workbench.registry import Experiment
@@ -34,6 +36,7 @@ from workbench.studies.intervals import (
     mean_effect,
     share_change_interval,
     share_interval,
+    within_bounds,
 )
 from workbench.studies.statistics import ALPHA, false_discovery
 
@@ -42,13 +45,16 @@ EXPERIMENT = Experiment(
     title="Chain-of-thought ablation",
     question="Does the final answer depend on the chain of thought before it?",
     compute="forward passes and new answers for the sequences: one for each of about nine changes",
-    cost={"passes": 9, "sequence_new_tokens": 576},
-    options={"hide": "What is hidden: messages, with their frame tokens (default), or their content alone."},
+    cost={"passes": 9, "sequence_new_tokens": 2560},
+    options={
+        "hide": "What is hidden: messages, with their frame tokens (default), or their content alone.",
+        "max_new_tokens": "Most tokens of a new final message (default: 256).",
+    },
     aliases=("cot",),
     order=110,
 )
 FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
-_ANSWER_TOKENS = 64
+_ANSWER_TOKENS = 256
 
 
 class AnsweredSequence(NamedTuple):
@@ -85,13 +91,18 @@ def _with(answered: AnsweredSequence, words: np.ndarray) -> Transcript:
 
 
 def experiment(
-    model: GptOss, rows: Sequence[Transcript], *, hide: Hide = "messages", seed: int = 0
+    model: GptOss,
+    rows: Sequence[Transcript],
+    *,
+    hide: Hide = "messages",
+    max_new_tokens: int = _ANSWER_TOKENS,
+    seed: int = 0,
 ) -> dict[str, xr.Dataset]:
     """Return the effects of ablating the chain of thought, with their summary.
 
     hide: whole messages with their frame tokens, or their content alone, which leaks through the frame tokens.
     """
-    result = study(model, rows, hide=hide, seed=seed)
+    result = study(model, rows, hide=hide, max_new_tokens=max_new_tokens, seed=seed)
     return {
         "chain_of_thought": result.assign_attrs(
             title="Does the answer depend on the analysis?",
@@ -111,25 +122,36 @@ def _summary(result: xr.Dataset) -> list[str]:
         ]
     for change in map(str, result["change"].values):
         one = {str(k): float(v) for k, v in result.sel(change=change).data_vars.items()}
-        moved = one["logprob_q"] <= ALPHA
+        verdict = "" if one["logprob_q"] <= ALPHA else "not shown to change, "
+        logprob = signed_interval(one["logprob"], one["logprob_low"], one["logprob_high"], 2)
         lines.append(
             f"{change}: {one['same']:.0%} of answers stay the same [{one['same_low']:.0%}, "
-            f"{one['same_high']:.0%}]; log-probability "
-            + ("" if moved else "not shown to change, ")
-            + f"{signed(one['logprob'], 2)} nats [{signed(one['logprob_low'], 2)}, {signed(one['logprob_high'], 2)}]."
+            f"{one['same_high']:.0%}]; log-probability {verdict}{logprob} nats."
+        )
+    if unfinished := int(result.attrs["unfinished"]):
+        lines.append(
+            f"Warning: {count_of(unfinished, 'answer')} with the complete analysis "
+            f"{'does' if unfinished == 1 else 'do'} not end within {result.attrs['max_new_tokens']} tokens: use a "
+            "larger max_new_tokens."
         )
     area, low, high = (float(result[name]) for name in ("area", "area_low", "area_high"))
     return [*lines, f"Area over the curve of early answering: {area:.3f} [{low:.3f}, {high:.3f}]."]
 
 
 def study(
-    model: GptOss, rows: Sequence[Transcript], *, hide: Hide = "messages", n_boot: int = 2000, seed: int = 0
+    model: GptOss,
+    rows: Sequence[Transcript],
+    *,
+    hide: Hide = "messages",
+    max_new_tokens: int = _ANSWER_TOKENS,
+    n_boot: int = 2000,
+    seed: int = 0,
 ) -> xr.Dataset:
     """Return the effect of changed analyses on the answer: its log-probability, and whether it is given again.
 
     Variables over `change`: logprob (nats a sequence, less that with the complete analysis), same (the same answer is
     given), accuracy_change, each with its interval; `readers` counts visible tokens that have read hidden ones; `area`
-    is the area over the curve of early answering.
+    is the area over the curve of early answering. max_new_tokens: of a new final message.
 
     Raises:
         InputError: too few prompts have an analysis and a closed final message.
@@ -141,11 +163,14 @@ def study(
             f"prompts that have an analysis and a closed final message: {len(prompts)}; at least "
             f"{MIN_PROMPTS} are needed"
         )
-    logp, answers, unchanged = _changed_answers(model, answered, hide, np.random.default_rng(seed))
+    logp, answers, unchanged = _changed_answers(model, answered, hide, np.random.default_rng(seed), max_new_tokens)
     units = [t.row.prompt_id for t in answered]
-    same = np.array([[a == b for a, b in zip(answers[n], unchanged, strict=True)] for n in answers], dtype=np.float64)
+    same = np.array(
+        [[same_answer(a, b) for a, b in zip(new, unchanged, strict=True)] for new in answers.values()], float
+    )
     right = np.array(
-        [[a == t.row.answer for a, t in zip(s, answered, strict=True)] for s in (*answers.values(), unchanged)], float
+        [[a.text == t.row.answer for a, t in zip(s, answered, strict=True)] for s in (*answers.values(), unchanged)],
+        float,
     )
     right[:, [t.row.answer is None for t in answered]] = np.nan
     variables: dict[str, tuple[str | tuple[()], np.ndarray]] = {}
@@ -156,8 +181,9 @@ def study(
         variables |= _with_interval("accuracy_change", "change", share_change_interval(right[:-1] - right[-1], units))
         variables |= _with_interval("accuracy", (), share_interval(right[-1], units))
     curve = np.append(same[: len(FRACTIONS) - 1], np.ones((1, len(answered))), axis=0)
-    area = paired(1 - np.trapezoid(curve, FRACTIONS, axis=0), units, n_boot=n_boot, seed=seed)
-    variables |= _with_interval("area", (), tuple(np.clip(value, 0, 1) for value in area))
+    area, low, high = paired(1 - np.trapezoid(curve, FRACTIONS, axis=0), units, n_boot=n_boot, seed=seed)
+    low, high = (np.where(np.isnan(limit), area, limit) for limit in (low, high))  # all prompts agree
+    variables |= _with_interval("area", (), (area, *within_bounds(area, low, high, len(prompts))))
     result = xr.Dataset(variables, coords={"change": list(logp)})
     result.attrs = {
         "definition": "logprob: change of the summed log-probability of the final message; same: share of "
@@ -167,6 +193,8 @@ def study(
         "sample size that the prompts' variance implies; accuracy_change: Student's t with two pseudo-prompts",
         "rests_on": f"{count_of(len(answered), 'sequence')} of {count_of(len(prompts), 'prompt')}",
         "prompts": len(prompts),
+        "unfinished": sum(answer.text is None for answer in unchanged),
+        "max_new_tokens": max_new_tokens,
         "summary": "",
     }
     return add_readers(result, "change", [t.row for t in answered], _hidden(model, hide), model.tokenizer)
@@ -187,8 +215,8 @@ def _hidden(model: GptOss, hide: Hide) -> dict[str, Hidden]:
 
 
 def _changed_answers(
-    model: GptOss, sequences: Sequence[AnsweredSequence], hide: Hide, rng: np.random.Generator
-) -> tuple[dict[str, np.ndarray], dict[str, list[str | None]], list[str | None]]:
+    model: GptOss, sequences: Sequence[AnsweredSequence], hide: Hide, rng: np.random.Generator, max_new_tokens: int
+) -> tuple[dict[str, np.ndarray], dict[str, list[Answer]], list[Answer]]:
     """Return for each change the differences of log-probability and the answers, and the answers without a change."""
     words = [t.row.tokens[t.start : t.stop] for t in sequences]
     others = _derange([t.row.prompt_id for t in sequences], rng)
@@ -199,14 +227,18 @@ def _changed_answers(
     of, own = token_set(tokenizer=model.tokenizer, channel="final"), [t.row for t in sequences]
     base = logprobs(model, own, of)
     logp: dict[str, np.ndarray] = {}
-    answers: dict[str, list[str | None]] = {}
+    answers: dict[str, list[Answer]] = {}
+
+    def answer(rows: Sequence[Transcript], *edits: Edit) -> list[Answer]:
+        return _answers(model, sequences, rows, *edits, max_new_tokens=max_new_tokens)
+
     for name, change in changes.items():
         changed = [_with(t, change(i)) for i, t in enumerate(sequences)]
-        logp[name], answers[name] = logprobs(model, changed, of) - base, _answers(model, sequences, changed)
+        logp[name], answers[name] = logprobs(model, changed, of) - base, answer(changed)
     for name, hidden in _hidden(model, hide).items():
         edit = knockout(*hidden)
-        logp[name], answers[name] = logprobs(model, own, of, edit) - base, _answers(model, sequences, own, edit)
-    return logp, answers, _answers(model, sequences, own)
+        logp[name], answers[name] = logprobs(model, own, of, edit) - base, answer(own, edit)
+    return logp, answers, answer(own)
 
 
 def _cut_name(fraction: float) -> str:
@@ -227,19 +259,14 @@ def _derange(prompts: Sequence[str], rng: np.random.Generator) -> list[int]:
     return out
 
 
-@torch.no_grad()
 def _answers(
-    model: GptOss, sequences: Sequence[AnsweredSequence], rows: Sequence[Transcript], *edits: Edit
-) -> list[str | None]:
-    """Return the tokens that the model generates from the beginning of each final message's content."""
-    stems = []
-    for answered, row in zip(sequences, rows, strict=True):
-        n_after = len(answered.row.tokens) - answered.content
-        stems.append([int(t) for t in row.tokens[: len(row.tokens) - n_after]])
-    texts: list[str | None] = []
-    with applied(model, *edits):
-        for start in range(0, len(stems), 64):
-            batch = stems[start : start + 64]
-            for stem, new in zip(batch, model.generate(batch, max_new_tokens=_ANSWER_TOKENS), strict=True):
-                texts.append(final_text([*stem, *new], model.tokenizer))
-    return texts
+    model: GptOss,
+    sequences: Sequence[AnsweredSequence],
+    rows: Sequence[Transcript],
+    *edits: Edit,
+    max_new_tokens: int = _ANSWER_TOKENS,
+) -> list[Answer]:
+    """Return what the model generates from the beginning of each final message's content."""
+    before = [len(row.tokens) - len(a.row.tokens) + a.content for a, row in zip(sequences, rows, strict=True)]
+    stems = [replace(row, n_prompt=n) for row, n in zip(rows, before, strict=True)]
+    return generate_answers(model, stems, *edits, max_new_tokens=max_new_tokens)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Bool, Float, Int, UInt8
+from torch import Tensor
 
 from workbench import harmony
 from workbench.capture.generation import final_text
@@ -53,15 +54,27 @@ def logprobs(model: GptOss, rows: Sequence[Transcript], of: TokenSet, *edits: Ed
     with applied(model, *edits):
         for batch in passes([len(row.tokens) for row in rows], _tokens_per_pass(model, edits)):
             tokens, lengths = pack([rows[i] for i in batch], model.device)
-            residual = model.residual(tokens, packed=lengths)
-            assert model.context is not None
-            predicted = model.context.mask(of)[0] & (model.context.positions[0].cpu() > 0)
-            owners = model.context.sequence[0]
-            for at in predicted.nonzero()[:, 0].split(_LOGIT_ROWS):
-                values = logprob(model.logits(residual, at[None] - 1)[0], tokens[0, at]).double().cpu().numpy()
-                for owner, value in zip(owners[at].tolist(), values, strict=True):
-                    number = batch[owner]
-                    out[number] = value + (0.0 if np.isnan(out[number]) else out[number])
+            out[batch] = pass_logprobs(model, model.residual(tokens, packed=lengths), tokens, len(batch), of)
+    return out
+
+
+@torch.no_grad()
+def pass_logprobs(
+    model: GptOss,
+    residual: Float[Tensor, "1 pos d_model"],
+    tokens: Int[Tensor, "1 pos"],
+    n: int,
+    of: TokenSet,
+) -> Float[np.ndarray, " sequence"]:
+    """Return `logprobs` of the n sequences of the model's last pass, from the stream after its last layer."""
+    out = np.full(n, np.nan)
+    assert model.context is not None
+    predicted = model.context.mask(of)[0] & (model.context.positions[0].cpu() > 0)
+    owners = model.context.sequence[0]
+    for at in predicted.nonzero()[:, 0].split(_LOGIT_ROWS):
+        values = logprob(model.logits(residual, at[None] - 1)[0], tokens[0, at]).double().cpu().numpy()
+        for owner, value in zip(owners[at].tolist(), values, strict=True):
+            out[owner] = value + (0.0 if np.isnan(out[owner]) else out[owner])
     return out
 
 

@@ -1,8 +1,9 @@
 """Checks of an attribution graph on the model itself, where nothing is frozen.
 
 `ablate` removes what single nodes write and measures the logit; `ablate_edge` removes what one node gives another one;
-`faithfulness` removes the most influential nodes together, beside random nodes that write as much; `kept_alone`
-replaces everything outside the graph by its mean over other tokens, `kept_curve` everything but its strongest nodes;
+`faithfulness` removes the most influential nodes together, beside random nodes of their layers that write as much;
+`kept_alone` replaces everything outside the graph by its mean over other tokens, `kept_curve` all but its strongest
+nodes;
 `over_prompts` has the means of their tables over prompts, with intervals. The graph's values are of a frozen pass that
 gives each factor of an expert's activation half of the product, so a measured effect has another size: it states
 whether the node or edge is needed, and the value states what it contributes.
@@ -170,7 +171,8 @@ def faithfulness(
     """Return, for each number of nodes, how much of the target is left without the most influential of them.
 
     Columns: nodes, kept (the target without them, as a share of it), random (the same without random nodes that write
-    as much: for each node one of the nearest in norm, of the same kind, among those not ablated; mean of `draws`).
+    as much: for each node one of the nearest in norm, of the same kind and layer, among those not ablated; mean of
+    `draws`).
     """
     rng = np.random.default_rng(seed)
     frozen = FrozenPass(model, torch.tensor(graph.tokens, device=model.device))
@@ -233,15 +235,19 @@ def _all_nodes(frozen: FrozenPass) -> pd.DataFrame:
 
 
 def _matched(pool: pd.DataFrame, top: pd.DataFrame, rng: np.random.Generator) -> pd.DataFrame:
-    """Return for each node one of the ten nearest in norm, of its kind, none of them in `top` and none twice."""
+    """Return for each node one of the ten nearest in norm, of its kind and layer, none in `top` and none twice.
+
+    Where the layer has none left, those of the kind in other layers are drawn from.
+    """
     keys = ["kind", "layer", "pos", "index"]
     marked = pool.merge(top[keys].assign(top=True), on=keys, how="left")
     sizes = marked[marked["top"].notna()].set_index(keys)["norm"]
     free = marked[marked["top"].isna()]
     drawn = []
     for key, size in sizes.items():
-        kind = key[0] if isinstance(key, tuple) else key
-        near = (free.loc[free["kind"] == kind, "norm"] - size).abs().nsmallest(10).index
+        of_kind = free[free["kind"] == key[0]]  # type: ignore[index]
+        of_layer = of_kind[of_kind["layer"] == key[1]]  # type: ignore[index]
+        near = ((of_kind if of_layer.empty else of_layer)["norm"] - size).abs().nsmallest(10).index
         pick = near[int(rng.integers(len(near)))]
         drawn.append(pick)
         free = free.drop(pick)

@@ -26,7 +26,7 @@ from workbench.harmony.transcripts import Transcript
 from workbench.model.transformer import GptOss
 from workbench.outputs import check_output, refuse_paths, staged
 from workbench.registry import Experiment
-from workbench.studies.intervals import MIN_PROMPTS, mean_effect
+from workbench.studies.intervals import MIN_PROMPTS, mean_effect, within_bounds
 from workbench.studies.statistics import ALPHA, false_discovery
 
 EXPERIMENT = Experiment(
@@ -229,6 +229,11 @@ def _results(
     groups = list(readings)
     measured = [mean_effect(readings[group], prompts[group], seed=seed) for group in groups]
     means, low, high = (np.stack([getattr(m, name) for m in measured], 2) for name in ("change", "low", "high"))
+    for i, group in enumerate(groups):  # agreement is a share; all prompts may have the same one
+        share, n = means[1, :, i], len(set(prompts[group]))
+        ends = [np.where(np.isnan(limit), share, limit) for limit in (low[1, :, i], high[1, :, i])]
+        low[1, :, i], high[1, :, i] = within_bounds(share, ends[0], ends[1], n)
+    low[0] = np.maximum(low[0], 0)  # a divergence
     pairs = [
         np.stack([readings[group][0, a] - readings[group][0, b] for a, b in _COMPARED])  # divergence
         for group in groups

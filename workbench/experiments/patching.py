@@ -81,17 +81,22 @@ def experiment(model: GptOss, rows: Sequence[Transcript], *, seed: int = 0) -> d
 
 
 def effort_pairs(model: GptOss, rows: Sequence[Transcript]) -> list[Pair]:
-    """Return the pairs (own, other) of the same prompt at two efforts, with prompts of equal length that differ."""
+    """Return the pairs (own, other) of the same prompt at two efforts, with prompts of equal length that differ.
+
+    Every sequence is the own one; of the other effort, whose prompt alone is read, the first.
+    """
     written = generated_tokens(model)
-    by_prompt: dict[str, dict[str, Transcript]] = {}
+    by_prompt: dict[str, dict[str, list[Transcript]]] = {}
     for row in rows:
         if written(row.tokens.astype(np.int64)).any():
-            by_prompt.setdefault(row.prompt_id, {}).setdefault(row.effort, row)
+            by_prompt.setdefault(row.prompt_id, {}).setdefault(row.effort, []).append(row)
     return [
         (own, other)
         for efforts in by_prompt.values()
-        for own in efforts.values()
-        for other in efforts.values()
+        for sequences in efforts.values()
+        for own in sequences
+        for others in efforts.values()
+        for other in others[:1]
         if own.n_prompt == other.n_prompt
         and not np.array_equal(own.tokens[: own.n_prompt], other.tokens[: own.n_prompt])
     ]

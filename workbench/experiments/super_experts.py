@@ -54,10 +54,11 @@ METHOD = (
     "the median over tokens of each token's median magnitude. Super experts are those whose largest output entry, "
     "before the gate weight, exceeds the 99.5th percentile of all experts' and a tenth of the largest, in layers up to "
     "that of the first massive activation. They are masked before the top-k selection, at every token. Measured are "
-    "the log-probability in nats of the final message, the logarithm of the largest activation, and mean attention to "
-    "the learned sinks, each less that without the edit; means over prompts. The null is the same for random sets of "
-    "as many experts, of any layer, whose load is nearest: rank p (two-sided), p_family adjusted for the "
-    "measures (single-step max-T). If there is no super expert, the expert with the largest output is ablated instead. "
+    "the log-probability in nats of the final message, the logarithm of a sequence's largest activation, and its mean "
+    "attention to the learned sinks, each less that without the edit; means over prompts. The null is the same for "
+    "random sets of as many experts, of any layer, whose load is nearest: rank p (two-sided), p_family adjusted for "
+    "the measures (single-step max-T). If there is no super expert, the expert with the largest output is ablated "
+    "instead. "
     "The experts are chosen for the size of their output in these sequences, so that a smaller largest activation "
     "without them is expected."
 )
@@ -243,15 +244,18 @@ def _removal(
 ) -> Float[np.ndarray, "set measure"]:
     """Return what masking each set of experts changes: means over prompts of the log-probability, and the sizes."""
     final, units = final_tokens(model), [row.prompt_id for row in rows]
+    begins = np.cumsum([0, *(len(row.tokens) for row in rows[:-1])])
+
+    def by_sequence(sizes: Magnitudes) -> Float[np.ndarray, "2 sequence"]:
+        largest = np.maximum.reduceat(sizes.largest.max(0), begins)
+        return np.stack([np.log(largest), [part.mean() for part in np.split(sizes.sink, begins[1:])]])
+
     base, out = logprobs(model, rows, final), np.empty((len(sets), len(MEASURES)))
     for i, cells in enumerate(sets):
         edits = [forbid(layer, [e for at, e in cells if at == layer]) for layer in sorted({at for at, _ in cells})]
-        changed = magnitudes(model, rows, *edits, outputs=False)
-        out[i] = (
-            prompt_means(logprobs(model, rows, final, *edits) - base, units).mean(),
-            np.log(changed.largest.max() / before.largest.max()),
-            changed.sink.mean() - before.sink.mean(),
-        )
+        sizes = by_sequence(magnitudes(model, rows, *edits, outputs=False)) - by_sequence(before)
+        changes = np.stack([logprobs(model, rows, final, *edits) - base, *sizes])
+        out[i] = prompt_means(changes, units).mean(-1)
     return out
 
 

@@ -62,7 +62,7 @@ def mean_test(mean: Float[Array, "*cells"], influence: Float[np.ndarray, "prompt
     t itself where values are skewed; the interval holds all means that either statistic does not reject. k is that of
     the sample times 1 + 8 / n, and at most the skewness with the widest interval: beyond it, a more skewed sample would
     have a narrower one. A cell in which all prompts agree has that value as its interval, and p of 1 if it is zero,
-    else 0.
+    else that of the sign test, 2 ** (1 - prompts): a few prompts with few tokens agree by chance.
 
     Reference: Hall 1992, On the removal of skewness by transformation, J. R. Stat. Soc. B 54.
     """
@@ -82,7 +82,7 @@ def test_of_moments(
     widest = _widest_skewness(scipy.stats.t.ppf((1 + LEVEL) / 2, freedom))
     k = np.clip((1 + _SKEWNESS_OF_FEW / (np.asarray(freedom) + 1)) * third / safe**3, -widest, widest)
     t = np.where(varies, mean / safe, np.where(mean == 0, 0.0, np.inf))
-    p_t = 2 * scipy.stats.t.sf(np.abs(t), freedom)
+    p_t = np.where(varies | (mean == 0), 2 * scipy.stats.t.sf(np.abs(t), freedom), 2.0 ** -np.asarray(freedom))
     t = np.where(varies, t, 0.0)
     p_hall = 2 * scipy.stats.t.sf(np.abs(t + k * t**2 / 3 + k**2 * t**3 / 27 + k / 6), freedom)
 
@@ -169,7 +169,8 @@ def within_bounds(
 class MeanEffect(NamedTuple):
     """A mean over prompts, its 95 % interval, p of no change, and whether it lies within the bounds of equivalence.
 
-    Where all prompts have the same value there is no interval: low and high are NaN, and p is 1.
+    Where all prompts have the same value there is no interval: low and high are NaN, and p is 1 if it is zero, else
+    that of the sign test, 2 ** (1 - prompts).
     """
 
     change: Cells
@@ -268,7 +269,8 @@ def mean_effect(
         hall = mean_test(mean, influence, n - 1.0)
         low, high, p = np.minimum(low, hall.low), np.maximum(high, hall.high), np.maximum(p, hall.p)
         bound = np.maximum(bound, hall.bound)
-    low, high, p = (np.where(constant, value, own) for value, own in ((np.nan, low), (np.nan, high), (1.0, p)))
+    sign_test = np.where(mean == 0, 1.0, 2.0 ** (1 - n))
+    low, high, p = (np.where(constant, value, own) for value, own in ((np.nan, low), (np.nan, high), (sign_test, p)))
     return MeanEffect(mean, low, high, p, ~constant & (bound < smallest_effect), n)
 
 

@@ -1,8 +1,9 @@
 """Labels of experts that a language model proposes, each with a detection score on examples it has not seen.
 
 The model reads some examples of an expert's tokens, and over-represented tokens, and writes a label. Then it reads the
-label and other texts with one marked token each, half of them of the expert and half of other experts of the layer in
-the same channel, and states which fit. The score is the share of right answers with a 95 % interval; 0.5 is chance.
+label and texts of other prompts with one marked token each, half of them of the expert and half of other experts of the
+layer in the same channel, and states which fit. The score is the share of right answers with a 95 % interval; 0.5 is
+chance.
 
 Reference: detection scoring, Paulo et al. 2024, arXiv 2410.13928.
 """
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import xarray as xr
+from jaxtyping import Int
 from statsmodels.stats.proportion import proportion_confint
 
 from workbench.bounded_json import parse_json
@@ -23,6 +25,7 @@ from workbench.errors import InputError, JobError
 from workbench.harmony.hosts import answers
 from workbench.harmony.hosts.client import HostError
 from workbench.studies.label_files import cleaned
+from workbench.studies.run_index import independent_prompts
 
 SHOWN = 12  # examples from which a label is proposed
 SCORED = 8  # held-out texts of the expert, and as many of others
@@ -46,6 +49,7 @@ class _Example:
     sequence: int
     position: int
     text: str
+    channel: str
 
 
 def asker(host: Any, model: str, *, max_tokens: int | None = None) -> Ask:
@@ -80,23 +84,21 @@ def propose(
     Raises:
         JobError: the host refuses a request or gives up.
     """
-    routed = _Routing(run, examples)
+    routed, prompt = _Routing(run, examples), independent_prompts(run)
     for layer in layers or examples["layer"].values.tolist():
         for expert in examples["expert"].values.tolist():
             if (layer, expert) in known:
                 continue
             rng = np.random.default_rng([seed, layer, expert])
             own = _examples(examples, layer, expert)
-            shown, held_out = own[:SHOWN], own[SHOWN : SHOWN + SCORED]
             if len(own) < 2:
                 continue
-            if not held_out:  # few examples: half of them are held out
-                shown, held_out = own[::2], own[1::2]
+            shown, held_out = _held_out(own, prompt)
             try:
                 label = cleaned(ask(_PROPOSE + _listed(shown) + _tokens(examples, layer, expert)))
                 if not label:
                     continue
-                others = routed.others(layer, expert, len(held_out), rng)
+                others = routed.others(layer, expert, held_out, rng)
                 right, n = _detected(label, held_out, others, ask, rng)
             except (HostError, answers.NoAnswerError) as error:
                 raise JobError(f"layer {layer} expert {expert}: {error}") from error
@@ -147,10 +149,25 @@ def _examples(examples: xr.Dataset, layer: int, expert: int) -> list[_Example]:
     return list(by_place.values())
 
 
+def _held_out(
+    own: Sequence[_Example], prompt: Int[np.ndarray, " sequence"]
+) -> tuple[Sequence[_Example], Sequence[_Example]]:
+    """Return examples to show, and others to score with: of other prompts, as the texts of one are alike."""
+    prompts = [int(prompt[e.sequence]) for e in own]
+    known = set(prompts[:SHOWN])
+    held_out = [e for e, number in zip(own, prompts, strict=True) if number not in known]
+    if held_out:
+        return own[:SHOWN], held_out[:SCORED]
+    scored = set(list(dict.fromkeys(prompts))[1::2])  # few prompts: half of them are held out
+    parts = [[e for e, n in zip(own, prompts, strict=True) if (n in scored) == side] for side in (False, True)]
+    return parts[0][:SHOWN], parts[1][:SCORED]
+
+
 def _column(examples: xr.Dataset, kind: str, channel: int, layer: int, expert: int) -> list[_Example]:
     names = ("sequence", "position", "before", "token", "after")
     rows = (examples[f"{kind}_{name}"].values[channel, layer, expert].tolist() for name in names)
-    return [_Example(s, p, f"{t0}<<{t1}>>{t2}") for s, p, t0, t1, t2 in zip(*rows, strict=True) if s >= 0]
+    name = str(examples["channel"].values[channel])
+    return [_Example(s, p, f"{t0}<<{t1}>>{t2}", name) for s, p, t0, t1, t2 in zip(*rows, strict=True) if s >= 0]
 
 
 def _listed(rows: Sequence[_Example]) -> str:
@@ -180,18 +197,27 @@ class _Routing:
             for at in np.flatnonzero(np.isin(key, wanted)).tolist():
                 self._experts[int(block["sequence"][at]), int(block["position"][at])] = block["experts"][:, at]
 
-    def others(self, layer: int, expert: int, n: int, rng: np.random.Generator) -> list[_Example]:
-        """Return up to n examples of the layer's other experts at tokens that did not go to this one."""
-        free = [e for e in self._pool[layer] if expert not in self._experts[e.sequence, e.position][layer]]
-        return [free[i] for i in rng.permutation(len(free))[:n].tolist()]
+    def others(
+        self, layer: int, expert: int, like: Sequence[_Example], rng: np.random.Generator
+    ) -> list[_Example | None]:
+        """Return for each example one of the layer's other experts in its channel, at a token that did not go to this.
+
+        None where the channel has no more of them.
+        """
+        free: dict[str, list[_Example]] = {}
+        for i in rng.permutation(len(self._pool[layer])).tolist():
+            e = self._pool[layer][i]
+            if expert not in self._experts[e.sequence, e.position][layer]:
+                free.setdefault(e.channel, []).append(e)
+        return [free[e.channel].pop() if free.get(e.channel) else None for e in like]
 
 
 def _detected(
-    label: str, own: Sequence[_Example], others: Sequence[_Example], ask: Ask, rng: np.random.Generator
+    label: str, own: Sequence[_Example], others: Sequence[_Example | None], ask: Ask, rng: np.random.Generator
 ) -> tuple[int, int]:
     """Return right answers and texts, as many of the expert as of others, in random order; none if unreadable."""
-    n = min(len(own), len(others))
-    texts = [(row.text, True) for row in own[:n]] + [(row.text, False) for row in others[:n]]
+    pairs = [(mine, other) for mine, other in zip(own, others, strict=True) if other is not None]
+    texts = [(mine.text, True) for mine, _ in pairs] + [(other.text, False) for _, other in pairs]
     mixed = [texts[i] for i in rng.permutation(len(texts)).tolist()]
     if not mixed:
         return 0, 0

@@ -143,7 +143,7 @@ class _Points:
     """The activations x [sequence point d] of one layer, counts of tokens so far [sequence point type], and labels."""
 
     def __init__(self, parts: list[tuple[np.ndarray, list[np.ndarray], dict[str, Any]]], rare: dict[str, int]) -> None:
-        self.rare = rare  # labels that are left out, as fewer sequences than folds have them
+        self.rare = rare  # labels that are left out, as fewer prompts than folds have them
         self.x = np.stack([x for x, _, _ in parts]).astype(np.float32)
         self.table = pd.DataFrame([row for _, _, row in parts])
         types = {int(t): i for i, t in enumerate(_commonest([written[-1] for _, written, _ in parts]))}
@@ -196,7 +196,7 @@ def _read(run: Run, about: Any, index: int, label: Any, channel: str, points: in
             }
             drawn.append((rng.random(), (values[ends], written, row)))
         drawn = sorted(drawn, key=lambda item: item[0])[:most]
-    counts = Counter(row["label"] for _, (_, _, row) in drawn)
+    counts = Counter(label for label, _ in {(row["label"], row["prompt"]) for _, (_, _, row) in drawn})
     rare = {name: n for name, n in counts.items() if n < FOLDS}
     parts = [part for _, part in drawn if part[2]["label"] not in rare]
     labels, prompts = {row["label"] for *_, row in parts}, {row["prompt"] for *_, row in parts}
@@ -236,7 +236,7 @@ def _summary(result: xr.Dataset, channel: str) -> str:
     if text := few_prompts(int(result.attrs["prompts"])):
         lines.append(f"Warning: {text}.")
     if result.attrs["left_out"]:
-        lines.append(f"Skipped, as fewer than {FOLDS} sequences have them: {result.attrs['left_out']}.")
+        lines.append(f"Skipped, as fewer than {FOLDS} prompts have them: {result.attrs['left_out']}.")
     if result.attrs["few"]:
         lines.append(f"Warning: few sequences have the rarest label ({result.attrs['rarest_label']}).")
     best = result["baseline"].max("source")

@@ -5,10 +5,15 @@ frequent experts of the layer, of the token id, of the bigram (where it was seen
 that ridge regression gives from the experts of the layer before, and, where a run recorded one, from an activation or
 the features of an autoencoder. The score is recall: the share of the k chosen experts that are among the k predicted.
 
-Reference: RouterInterp (features of sparse autoencoders predict routing, beside a bigram baseline).
+Folds share most of the prompts that predictors are fitted on, so that the recalls of prompts are not independent. The
+squared standard error is therefore that of the mean over prompts times 1 + folds / (folds - 1) (Nadeau & Bengio).
+
+Reference: RouterInterp (features of sparse autoencoders predict routing, beside a bigram baseline); Nadeau & Bengio
+2003, Inference for the Generalization Error; Bouckaert & Frank 2004 (cross-validation).
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -40,7 +45,8 @@ STUDY = Study(
     order=49,
 )
 FOLDS = 5
-_CI = "95 %, Student's t over prompts, corrected for skewness"
+_SHARED = np.sqrt(1 + FOLDS / (FOLDS - 1))  # times the standard error, as folds share the prompts they are fitted on
+_CI = "95 %, Student's t over prompts, corrected for skewness and for folds that share training prompts"
 DEFINITIONS = {
     "recall": Definition("recall of experts", "1", "|predicted k ∩ chosen k| / k, mean over prompts' means", ci=_CI),
     "beyond_bigram": Definition("recall beyond the bigram's", "1", "recall less that of the bigram, paired", ci=_CI),
@@ -50,7 +56,8 @@ METHOD = (
     "Predictions of the k experts of tokens of held-out prompts (five folds). load: the layer's most frequent "
     "experts. token, bigram: the most frequent experts of the id or pair in training; a pair that was not seen falls "
     "back to the token, and that to the load. layer before, features: the k largest predictions of ridge regression. "
-    "Recall is averaged within prompts, then over them; differences from the bigram are paired by prompt."
+    "Recall is averaged within prompts, then over them; differences from the bigram are paired by prompt. Standard "
+    "errors allow for training prompts that folds share (Nadeau & Bengio 2003)."
 )
 NOT_CONTROLLED = (
     "A token that is frequent is predicted better from its id. That features predict routing does not show that the "
@@ -174,8 +181,7 @@ def _result(
     seed: int,
 ) -> xr.Dataset:
     by_prompt = np.moveaxis(recall, 2, 0)
-    tested = paired_test(by_prompt)
-    beyond = paired_test(by_prompt - by_prompt[:, :, [names.index("bigram")]])
+    tested, beyond = (_tested(v) for v in (by_prompt, by_prompt - by_prompt[:, :, [names.index("bigram")]]))
     cells = ("layer", "predictor")
     pairs = ((tested, "recall"), (beyond, "beyond_bigram"))
     ends = (("", "difference"), ("_low", "low"), ("_high", "high"))
@@ -194,6 +200,12 @@ def _result(
     result = dataset(variables, {"layer": np.arange(len(recall)), "predictor": names}, DEFINITIONS, attrs)
     result.attrs["summary"] = _summary(result)
     return result
+
+
+def _tested(values: Float[np.ndarray, "prompt layer predictor"]) -> dict[str, Any]:
+    """Return the tests of means over prompts that were held out in folds, with the standard error of these."""
+    mean = values.mean(0)
+    return paired_test(mean + _SHARED * (values - mean))
 
 
 def _summary(result: xr.Dataset) -> str:

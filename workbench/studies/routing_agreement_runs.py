@@ -24,7 +24,7 @@ STUDY = Study(
     order=61,
 )
 _EFFECT = Definition(
-    "effect on log-probability", "nat", "|a − b|, mean over prompts", ci="95 %, Student's t over prompts"
+    "effect on log-probability", "nat", "|a − b|, mean over prompts", ci="95 %, Student's t over prompts, at least 0"
 )
 
 
@@ -49,7 +49,7 @@ def study(run: TokenRun, other: TokenRun, *, seed: int = 0) -> dict[str, xr.Data
     sums, counts = (np.bincount(own, values, len(number)) for values in (difference[known], None))
     value = mean_of_prompts(prompt_means(sums, counts, number))
     for end, limit in zip(("", "_low", "_high"), value, strict=True):
-        result[f"logprob_effect{end}"] = ((), np.asarray(limit), _EFFECT.attrs())
+        result[f"logprob_effect{end}"] = ((), np.maximum(limit, 0), _EFFECT.attrs())
     if known.any():
         result.attrs["summary"] += f"\nLog-probabilities differ by {float(value[0]):.4f} nat a token on average."
     return {"agreement": result}
