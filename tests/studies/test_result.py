@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import xarray as xr
 
+from workbench.counting import signed_interval
 from workbench.errors import InputError
 from workbench.studies import result
 from workbench.studies.routing import study
@@ -83,6 +84,9 @@ def test_a_table_has_no_text_that_spreadsheets_take_for_a_formula():
     assert again.value.tolist() == table.value.tolist(), "numbers stay numbers"
     assert table.token[0] == "=", "the table itself is unchanged"
     assert "\n=," in table.to_csv(index=False), "the negative control"
+    difference = signed_interval(0.31, -0.02, 0.64, 2)
+    ends = pd.DataFrame({"difference": [difference, f"{difference}+cmd"]})
+    assert list(pd.read_csv(io.StringIO(result.csv_text(ends))).difference) == [difference, f"'{difference}+cmd"]
 
 
 def test_few_prompts_are_named_by_those_that_a_result_rests_on():

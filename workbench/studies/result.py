@@ -7,6 +7,7 @@ carries its provenance, its `method`, what is `not_controlled` and its `summary`
 import json
 import math
 import os
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from workbench.version import version
 
 Variables = dict[str, tuple[tuple[str, ...], np.ndarray]]  # name → dimensions and values
 _FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")
+_INTERVAL = re.compile(r"[+-][\d.]+%? \[[+-]?[\d.]+%?, [+-]?[\d.]+%?\]")  # as `counting.signed_interval` writes it
 
 
 @dataclass(frozen=True)
@@ -110,10 +112,14 @@ def tables(result: xr.Dataset) -> dict[str, pd.DataFrame]:
     }
 
 
+def _is_formula(value: Any) -> bool:
+    return isinstance(value, str) and value.startswith(_FORMULA_STARTS) and not _INTERVAL.fullmatch(value)
+
+
 def csv_text(table: pd.DataFrame) -> str:
     """Return a table as CSV, in which spreadsheets take no text for a formula.
 
-    Texts that begin with =, +, -, @ or a control character get a ' in front, which spreadsheets do not show; JSON
+    Texts that begin with =, +, -, @ or a control character get a ' in front, except numbers with their interval; JSON
     files beside it have the text itself.
 
     Reference: OWASP, CSV injection.
@@ -121,7 +127,7 @@ def csv_text(table: pd.DataFrame) -> str:
     safe = table.copy()
     for column in safe.columns[[not pd.api.types.is_numeric_dtype(dtype) for dtype in safe.dtypes]]:
         texts = safe[column]
-        risky = texts.map(lambda value: isinstance(value, str) and value.startswith(_FORMULA_STARTS))
+        risky = texts.map(_is_formula)
         if risky.any():
             safe[column] = texts.astype(object).where(~risky.astype(bool), "'" + texts.astype(str))
     return safe.to_csv(index=False, lineterminator="\n")
