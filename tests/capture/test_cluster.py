@@ -41,7 +41,7 @@ def test_the_parent_of_workers_puts_no_weight_on_a_gpu(
         parents.append(model)
         return capture(model, *args, **options)
 
-    def one_worker(task: cluster.Task, layout: Any, units: list[int], *, done: Any, **options: Any) -> None:
+    def one_worker(task: cluster.Task, units: list[int], *, done: Any, **options: Any) -> None:
         """Compute the units in this process, as a worker would."""
         assert machine.devices == set()  # nothing has been put on a GPU before a worker has started
         for unit in units:
