@@ -96,7 +96,7 @@ def test_random_links_reopen_what_they_name(demo: str, demo_run: Path, browser: 
         if page == "experts":
             title = f"Layer {asked['layer']}, expert {asked['expert']}"
             expect(session.page.get_by_role("heading", name=title)).to_be_visible()
-            expect(session.page.get_by_label("Channel")).to_have_value(asked["channel"])
+            expect(session.page.get_by_label("Channel", exact=True)).to_have_value(asked["channel"])
         else:
             number = int(asked["sequence"])
             outside += run.sequences.loc[number, "effort"] != asked["effort"]
