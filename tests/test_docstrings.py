@@ -8,13 +8,13 @@ A method without a docstring of its own is documented by its class.
 import ast
 import re
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 import workbench as wb
+from tests.syntax_trees import tree_of, trees  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("kernels", "hooks", "dashboards", "data", "workbench")
@@ -28,17 +28,7 @@ VERB = (
 ARRAYS = ("Tensor", "ndarray", "NDArray")
 
 
-@cache
-def tree_of(source: str) -> ast.Module:
-    """Return the syntax tree of a source, which several tests read."""
-    return ast.parse(source)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def trees() -> Iterator[None]:
-    """Forget the trees at the end, as they take much memory."""
-    yield
-    tree_of.cache_clear()
+pytestmark = pytest.mark.usefixtures("trees")
 
 
 class Function(NamedTuple):

@@ -14,10 +14,11 @@ import re
 import subprocess
 import tokenize
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import pytest
+
+from tests.syntax_trees import tree_of, trees  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 RETIRED = {
@@ -108,17 +109,7 @@ ALLOWED_NAMES = {  # file → names that are not ours to choose, with the reason
 }
 
 
-@cache
-def tree_of(source: str) -> ast.Module:
-    """Return the syntax tree of a source, which several tests read."""
-    return ast.parse(source)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def trees() -> Iterator[None]:
-    """Forget the trees at the end, as they take much memory."""
-    yield
-    tree_of.cache_clear()
+pytestmark = pytest.mark.usefixtures("trees")
 
 
 def strings(path: Path) -> Iterator[tuple[int, str]]:
