@@ -63,6 +63,7 @@ def test_named_fields_make_conversations_and_all_else_stays_metadata(tmp_path: P
     # another program's field of the name of a field of ours is neither read nor lost
     assert rows[0]["meta"]["reasoning_of_row"] == "No exploit."
     assert rows[0]["meta"]["document"] == {"export_id": "e1"}
+    assert rows[0].get("notes") is None
     assert left_out == ["line 1, findings 3: it has no prompt (prompt); its fields are 'finding_id', 'note'"]
 
 
@@ -92,6 +93,14 @@ def test_the_reasoning_and_the_text_of_a_response_beside_its_request_are_read(tm
     _, rows, _ = convert(write(tmp_path / "l.jsonl", settings))
     assert contents(rows[0])[1:] == [("assistant", "final", "INVALID")]
     assert rows[0]["effort"] == "high"
+
+
+def test_what_metadata_cannot_hold_is_flagged(tmp_path: Path) -> None:
+    row = {"q": "2+2", "a": "4", "log": "x" * 20_000, "image": "data:image/png;base64,AA"}
+    mapping = FieldMapping({"prompt": "q", "response": "a"})
+    _, rows, _ = convert(write(tmp_path / "r.jsonl", row), mapping=mapping, effort="low")
+    assert set(rows[0]["notes"]) == {"fields_left_out", "images_left_out"}
+    assert not {"log", "image"} & {*rows[0]["meta"]}
 
 
 def test_roles_of_another_program_are_named(tmp_path: Path) -> None:
