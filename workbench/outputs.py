@@ -238,7 +238,7 @@ def _publish(part: Path, path: Path, staging: Path, command: str, *, mark: bool)
         _write_marker(marker, {path.name: (command, digest)}, staging, also=True)
     os.replace(part, path)
     if mark:
-        _list_new_alone(marker, {path.name: (command, digest)}, staging)
+        _unlist_replaced(marker, {path.name: (command, digest)}, staging)
 
 
 def replace_folder(part: Path, path: Path, staging: Path) -> None:
@@ -281,7 +281,7 @@ def write_files(
             _write_marker(listing, listed, staging, also=True)
             for name in files:
                 os.replace(staging / name, out / name)
-            _list_new_alone(listing, listed, staging)
+            _unlist_replaced(listing, listed, staging)
     return [out / name for name in files]
 
 
@@ -406,8 +406,8 @@ def _write_marker(path: Path, files: Mapping[str, tuple[str, str]], staging: Pat
     os.replace(part, path)
 
 
-def _list_new_alone(path: Path, files: Mapping[str, tuple[str, str]], staging: Path) -> None:
-    """Remove from a marker what the files replaced.
+def _unlist_replaced(path: Path, files: Mapping[str, tuple[str, str]], staging: Path) -> None:
+    """List the new files in a marker, without those that they replaced.
 
     The outputs are complete by now: a disk without space for this leaves a marker that lists both contents.
     """

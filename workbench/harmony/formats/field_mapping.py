@@ -13,21 +13,21 @@ from workbench.harmony.formats.row_fields import IMAGES, storable
 from workbench.harmony.labels import ROLES
 from workbench.harmony.messages import shown
 
-# what a field can be called, and the name under which readers of rows find it
-NAMES = {
-    "messages": "messages",
-    "prompt": "prompt",
-    "response": "response",
-    "reasoning": "reasoning",
-    "text": "text",
-    "system": "system",
-    "id": "id",
-    "prompt_id": "prompt_id",
-    "effort": "effort",
-    "expected": "target",
-    "correct": "correct",
-    "finish_reason": "finish_reason",
-}
+NAMES = (
+    "messages",
+    "prompt",
+    "response",
+    "reasoning",
+    "text",
+    "system",
+    "id",
+    "prompt_id",
+    "effort",
+    "expected",
+    "correct",
+    "finish_reason",
+)
+_READ_AS = {"expected": "target"}  # the name under which readers of rows look for it, where it is another
 _CONVERSATIONS = ({"messages"}, {"prompt", "response"}, {"text"})  # the names that make a conversation
 _ABSENT = object()
 
@@ -91,7 +91,7 @@ class FieldMapping:
         meta, all_stored = storable(rest)
         return {
             **images,
-            **{NAMES[name]: self._with_roles(value) for name, value in present.items()},
+            **{_READ_AS.get(name, name): self._with_roles(value) for name, value in present.items()},
             "meta": meta,
             "notes": [] if all_stored else ["fields_left_out"],
         }
